@@ -1,0 +1,588 @@
+/*
+Causal attention, forward and backward, in one pass over the keys and without the (T, T) matrix.
+
+    s    = scale q kᵀ                 query t sees the keys 0..t
+    p    = exp(s - lse)               lse = log sum exp(s), one number per query and head
+    out  = p v
+    delta = sum_d(dout out)           one number per query and head
+    dv   = pᵀ dout
+    ds   = p (dout vᵀ - delta)
+    dq   = scale ds k        dk = scale dsᵀ q
+
+q k, dq dk    head h of row n = b T + t at q + n ldqk + h D (gradients: lddqk); v, dv likewise (ldv,
+              lddv): three strides into a (N, 3C) tensor, or anything else of that form
+out, dout     (B, T, H, D) contiguous
+lse, delta    (B, H, T) fp32; delta is scratch of the backward pass
+D             32, 64 or 128; T at least 1; strides multiples of 8, pointers aligned to 16 bytes
+saved         out, lse, q, k, v
+in place      no tensor may alias another, except that delta is rewritten by every call
+NaN           a NaN in key t makes rows t.. of out and lse NaN and leaves the rows before alone
+numerics      products in bf16 with fp32 sums; statistics fp32; p and ds are rounded to bf16 before
+              they are multiplied, p after it was added to the softmax's sum. Fixed order of
+              summation, no atomics: equal inputs give equal bits.
+cost          forward 2 N (T+1) C FLOP (two products, half of the scores hidden), backward 7/2 of
+              it: two kernels recompute s and dout vᵀ, so that none has to add into another's
+              output; bound by the tensor cores, or by shared memory where a warp has few rows
+test          test/cases_attention.h
+sources       Dao 2023, "FlashAttention-2", arXiv:2307.08691;
+              Milakov and Gimelshein 2018, "Online normalizer calculation", arXiv:1805.02867
+
+How the work is cut. A block of four warps owns a tile of rows (queries in the forward and dQ
+kernels, keys in the dK dV kernel) and walks over the tiles of the other side that it sees. A warp
+owns 16 MT of the rows with all their columns: accumulators never leave registers, warps never
+exchange anything, and transposed scores come from exchanging the operands, k qᵀ for q kᵀ. MT = 2
+where registers allow, because each fragment of the streamed tile then feeds two products: reading
+shared memory, not multiplying, is what limits a warp with 16 rows.
+
+              forward           dK dV             dQ                shared memory, bytes (fp32: x 2)
+              queries x keys    keys x queries    queries x keys    forward    dK dV      dQ
+    D =  32   128 x 64          128 x 64          128 x 64           20480      36608      30720
+    D =  64   128 x 64          128 x 32          128 x 64           36864      51072      55296
+    D = 128   128 x 64           64 x 64          128 x 32           69632      87808      87040
+
+The sizes are the largest that keep 255 registers without spilling and, in bf16, 99 KB of shared
+memory, which is what the smaller GPUs of each generation have. Rows of a tile lie D + 8 elements
+apart (see ptx.cuh).
+
+Pipeline. Every kernel streams two tensors per step and has two products that begin with one of
+them each, so one copy is always on its way while the tile that came before is multiplied:
+
+    forward   wait K_n   barrier   start V_n      s = q kᵀ      wait V_n   barrier   start K_n-1   softmax, out += p v
+    dK dV     wait Q_m   barrier   start dO_m     sᵀ = k qᵀ     wait dO_m  barrier   start Q_m+1   dv += pᵀ dO, dpᵀ = v dOᵀ, dk += dsᵀ q
+    dQ        wait V_n   barrier   start K_n      dp = dO vᵀ    wait K_n   barrier   start V_n-1   s = q kᵀ, dq += ds k
+
+The first barrier also says that all warps are done with the tile which the copy overwrites, and so
+does the second. Q_m is needed until the end of its step: it has two buffers, by parity of m.
+*/
+#pragma once
+#include "ptx.cuh"
+
+constexpr int ATTENTION_WARPS = 4;
+constexpr int ATTENTION_BLOCK = 32 * ATTENTION_WARPS;
+
+template <int D>
+struct AttentionTiles {
+    static constexpr int LD = D + 8;
+    static constexpr int FORWARD_MT = 2;
+    static constexpr int FORWARD_KEYS = 64;
+    static constexpr int DKV_MT = D <= 64 ? 2 : 1;
+    static constexpr int DKV_QUERIES = D == 64 ? 32 : 64;
+    static constexpr int DQ_MT = 2;
+    static constexpr int DQ_KEYS = D <= 64 ? 64 : 32;
+
+    static constexpr int FORWARD_QUERIES = 16 * FORWARD_MT * ATTENTION_WARPS;
+    static constexpr int DKV_KEYS = 16 * DKV_MT * ATTENTION_WARPS;
+    static constexpr int DQ_QUERIES = 16 * DQ_MT * ATTENTION_WARPS;
+    static constexpr size_t FORWARD_SMEM =
+        (FORWARD_QUERIES + 2 * FORWARD_KEYS) * LD * sizeof(floatX);
+    static constexpr size_t DKV_SMEM =
+        (2 * DKV_KEYS + 3 * DKV_QUERIES) * LD * sizeof(floatX) + 3 * DKV_QUERIES * sizeof(float);
+    static constexpr size_t DQ_SMEM = (2 * DQ_QUERIES + 2 * DQ_KEYS) * LD * sizeof(floatX);
+};
+
+// ---- who sees whom -------------------------------------------------------------------------
+
+// The mask in three forms, which have to agree: of one pair, of a tile, of all tiles of a row.
+// Kernels rely on one property: every query sees the key of its own position.
+
+static __device__ inline bool attention_visible(int query, int key) {
+    return key <= query;
+}
+
+enum AttentionView { VIEW_NONE, VIEW_PART, VIEW_ALL };
+
+// What the queries first_query .. + queries - 1 see of the keys first_key .. + keys - 1.
+static __device__ inline AttentionView attention_view(int first_query, int queries, int first_key,
+                                                      int keys) {
+    if (first_key > first_query + queries - 1) return VIEW_NONE;
+    return first_key + keys - 1 <= first_query ? VIEW_ALL : VIEW_PART;
+}
+
+struct AttentionRange {
+    int first, end;
+};
+
+// The tiles of `keys` keys that some query of first_query .. + queries - 1 sees.
+static __device__ inline AttentionRange attention_key_tiles(int first_query, int queries, int keys,
+                                                            int T) {
+    int last = min(first_query + queries, T) - 1;
+    AttentionRange range = {0, last / keys + 1};
+    return range;
+}
+
+// The tiles of `queries` queries of which some sees a key from first_key on.
+static __device__ inline AttentionRange attention_query_tiles(int first_key, int queries, int T) {
+    AttentionRange range = {first_key / queries, (T + queries - 1) / queries};
+    return range;
+}
+
+// Sets what is hidden in a warp's tile of scores. KEY_ROWS: rows are keys and columns queries.
+template <bool KEY_ROWS, int MT, int NT>
+static __device__ inline void attention_mask(float (&s)[MT][NT][4], int first_row, int first_column,
+                                             float value) {
+    first_row += threadIdx.x % 32 / 4;
+    first_column += threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = first_row + 16 * m + i / 2 * 8, column = first_column + 8 * n + i % 2;
+                bool visible = KEY_ROWS ? attention_visible(column, row)
+                                        : attention_visible(row, column);
+                if (!visible) s[m][n][i] = value;
+            }
+        }
+    }
+}
+
+// ---- tiles ---------------------------------------------------------------------------------
+
+// Starts copying ROWS rows of D elements to shared memory; rows from `valid` on become zeros.
+template <int ROWS, int D>
+static __device__ inline void attention_load(floatX* tile, const floatX* src, int ld, int valid) {
+    constexpr int WIDTH = 16 / sizeof(floatX), CHUNKS = D / WIDTH;
+    constexpr int STEP = ATTENTION_BLOCK / CHUNKS;     // rows that the block copies at a time
+    int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * WIDTH;
+    tile += row * (D + 8) + column;
+    src += (size_t)row * ld + column;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) {
+        cp_async16_zfill(tile + i * (D + 8), src, row + i < valid);
+        src += (size_t)STEP * ld;
+    }
+}
+
+// The same for one float per row.
+template <int ROWS>
+static __device__ inline void attention_load_column(float* column, const float* src, int valid) {
+    int row = threadIdx.x;
+    if (row < ROWS) cp_async4_zfill(column + row, src + row, row < valid);
+}
+
+// Writes a warp's accumulators, row r times factor[2m + half], to the rows below `valid` of dst.
+// They go through the warp's own rows of a tile that it alone has read: whole rows leave as
+// 16-byte stores.
+template <int MT, int NT>
+static __device__ inline void attention_store(floatX* dst, int ld, int valid, floatX* tile,
+                                              const float (&c)[MT][NT][4],
+                                              const float (&factor)[2 * MT]) {
+    constexpr int D = 8 * NT, LD = D + 8;
+    int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        floatX* to = tile + (16 * m + lane / 4) * LD + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float* x = c[m][n];
+            store2(to + 8 * n, x[0] * factor[2 * m], x[1] * factor[2 * m]);
+            store2(to + 8 * n + 8 * LD, x[2] * factor[2 * m + 1], x[3] * factor[2 * m + 1]);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * MT * NT / 32; i++) {
+        int row = (32 * i + lane) / NT, column = (32 * i + lane) % NT * 8;
+        if (row < valid) store8(dst + (size_t)row * ld + column, load8(tile + row * LD + column));
+    }
+}
+
+template <int MT, int NT>
+static __device__ inline void attention_zero(float (&c)[MT][NT][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
+    }
+}
+
+// ---- forward -------------------------------------------------------------------------------
+
+// One step of the online softmax over a warp's tile of scores, in base 2: with c = scale log2(e)
+// and shift = max(c s) over what the row has seen, s becomes p = exp2(c s - shift), and the sums
+// so far, total (this lane's share) and out, are brought to the new shift.
+template <int MT, int NT, int OT>
+static __device__ inline void attention_softmax(float (&s)[MT][NT][4], float (&out)[MT][OT][4],
+                                                float (&shift)[2 * MT], float (&total)[2 * MT],
+                                                float c) {
+    float top[2 * MT], keep[2 * MT];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        top[2 * m] = max_fast(s[m][0][0], s[m][0][1]);
+        top[2 * m + 1] = max_fast(s[m][0][2], s[m][0][3]);
+#pragma unroll
+        for (int n = 1; n < NT; n++) {
+            top[2 * m] = max_fast(top[2 * m], max_fast(s[m][n][0], s[m][n][1]));
+            top[2 * m + 1] = max_fast(top[2 * m + 1], max_fast(s[m][n][2], s[m][n][3]));
+        }
+    }
+    quad_max(top);
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        float next = max_fast(shift[r], c * top[r]);
+        keep[r] = fast_exp2(shift[r] - next);          // 0 at the first tile, where shift is -inf
+        shift[r] = next;
+        total[r] *= keep[r];
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < OT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[m][n][i] *= keep[2 * m + i / 2];
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[m][n][i] = fast_exp2(c * s[m][n][i] - shift[2 * m + i / 2]);
+                total[2 * m + i / 2] += s[m][n][i];
+            }
+        }
+    }
+}
+
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_BLOCK)
+attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v,
+                         int T, int ldqk, int ldv, float scale) {
+    typedef AttentionTiles<D> Tiles;
+    constexpr int MT = Tiles::FORWARD_MT, QUERIES = Tiles::FORWARD_QUERIES;
+    constexpr int KEYS = Tiles::FORWARD_KEYS, LD = Tiles::LD, ROWS = 16 * MT;
+    DYN_SMEM(floatX, smem);
+    floatX *q_tile = smem, *k_tile = q_tile + QUERIES * LD, *v_tile = k_tile + KEYS * LD;
+    // The last queries see the most keys: their blocks start first, the short ones fill the end.
+    int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
+    int h = blockIdx.y, H = gridDim.y, b = blockIdx.z;
+    int warp_row = warp_index() * ROWS, warp_query = first_query + warp_row;
+    int row0 = b * T, column0 = h * D;
+
+    // From the last tile down: a row's first tile holds its own key, so its maximum is finite from
+    // the start. This holds for every mask in which a query sees itself.
+    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
+    int first_key = (range.end - 1) * KEYS;
+    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
+    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
+    cp_async_commit();
+    float acc[MT][D / 8][4], shift[2 * MT], total[2 * MT];
+    attention_zero(acc);
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        shift[r] = -INFINITY;
+        total[r] = 0;
+    }
+    for (; first_key >= range.first * KEYS; first_key -= KEYS) {
+        float s[MT][KEYS / 8][4];
+        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
+        cp_async_wait<0>();
+        __syncthreads();
+        attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
+        cp_async_commit();
+        if (view != VIEW_NONE) {
+            mma_abt<MT, KEYS / 8, D / 16, LD>(s, q_tile + warp_row * LD, k_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (first_key > range.first * KEYS) {
+            attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key - KEYS) * ldqk + column0, ldqk, KEYS);
+        }
+        cp_async_commit();
+        if (view == VIEW_NONE) continue;
+        // Masks by selection: a NaN in a hidden key must not get through.
+        if (view == VIEW_PART) attention_mask<false>(s, warp_query, first_key, -INFINITY);
+        attention_softmax(s, acc, shift, total, scale * 1.44269504f);
+        mma_ab<MT, D / 8, KEYS / 16, LD>(acc, s, v_tile);
+    }
+
+    quad_sum(total);
+    float factor[2 * MT];
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        int t = warp_query + threadIdx.x % 32 / 4 + 8 * r;
+        factor[r] = 1 / total[r];
+        if (t < T && threadIdx.x % 4 == 0) {
+            lse[((size_t)b * H + h) * T + t] = shift[r] * 0.693147181f + logf(total[r]);
+        }
+    }
+    attention_store(out + (((size_t)b * T + warp_query) * H + h) * D, H * D, T - warp_query,
+                    q_tile + warp_row * LD, acc, factor);
+}
+
+// ---- backward ------------------------------------------------------------------------------
+
+// delta = sum_d(dout out). D/8 lanes per row of D, eight elements each; one row per query and head.
+template <int D>
+static __global__ void attention_delta_kernel(float* delta, const floatX* dout, const floatX* out,
+                                              size_t rows, int T, int H) {
+    constexpr int W = D / 8;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / W;
+    float sum = 0;
+    if (row < rows) {                                  // lanes beyond the end still join the sum
+        float8 x = load8(dout + 8 * i), y = load8(out + 8 * i);
+        for (int j = 0; j < 8; j++) sum += x.v[j] * y.v[j];
+    }
+    sum = warp_sum<W>(sum);
+    if (row < rows && i % W == 0) {
+        size_t n = row / H, h = row % H;
+        delta[(n / T * H + h) * T + n % T] = sum;
+    }
+}
+
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_BLOCK)
+attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* lse,
+                     const float* delta, const floatX* q, const floatX* k, const floatX* v, int T,
+                     int ldqk, int ldv, int lddqk, int lddv, float scale) {
+    typedef AttentionTiles<D> Tiles;
+    constexpr int MT = Tiles::DKV_MT, KEYS = Tiles::DKV_KEYS, QUERIES = Tiles::DKV_QUERIES;
+    constexpr int LD = Tiles::LD, ROWS = 16 * MT, NT = QUERIES / 8;
+    DYN_SMEM(floatX, smem);
+    floatX *k_tile = smem, *v_tile = k_tile + KEYS * LD, *q_tiles = v_tile + KEYS * LD;
+    floatX* dout_tile = q_tiles + 2 * QUERIES * LD;
+    float *lse_tiles = (float*)(dout_tile + QUERIES * LD), *delta_tile = lse_tiles + 2 * QUERIES;
+    int first_key = blockIdx.x * KEYS;                 // the first keys are seen by most queries
+    int h = blockIdx.y, H = gridDim.y, b = blockIdx.z, ldout = H * D;
+    int warp_row = warp_index() * ROWS, warp_key = first_key + warp_row, lane = threadIdx.x % 32;
+    int row0 = b * T, column0 = h * D;
+    lse += ((size_t)b * H + h) * T;
+    delta += ((size_t)b * H + h) * T;
+
+    // Queries beyond T are zeros in q, dout, lse and delta: p = 1, ds = 0, nothing is added.
+    AttentionRange range = attention_query_tiles(first_key, QUERIES, T);
+    int first_query = range.first * QUERIES;
+    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
+    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
+    attention_load<QUERIES, D>(q_tiles, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
+    attention_load_column<QUERIES>(lse_tiles, lse + first_query, T - first_query);
+    cp_async_commit();
+    float dk_acc[MT][D / 8][4], dv_acc[MT][D / 8][4];
+    attention_zero(dk_acc);
+    attention_zero(dv_acc);
+    for (int m = range.first; m < range.end; m++) {
+        first_query = m * QUERIES;
+        int parity = (m - range.first) & 1;
+        floatX* q_tile = q_tiles + parity * QUERIES * LD;
+        const float* lse_tile = lse_tiles + parity * QUERIES;
+        AttentionView view = attention_view(first_query, QUERIES, warp_key, ROWS);
+        float s[MT][NT][4], ds[MT][NT][4];
+        cp_async_wait<0>();
+        __syncthreads();
+        attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0, ldout,
+                                   T - first_query);
+        attention_load_column<QUERIES>(delta_tile, delta + first_query, T - first_query);
+        cp_async_commit();
+        if (view != VIEW_NONE) {
+            mma_abt<MT, NT, D / 16, LD>(s, k_tile + warp_row * LD, q_tile);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float* l = lse_tile + 8 * n + lane % 4 * 2;
+                float shift[2] = {l[0] * 1.44269504f, l[1] * 1.44269504f};
+#pragma unroll
+                for (int i = 0; i < 4 * MT; i++) {
+                    float* x = &s[i / 4][n][i % 4];
+                    *x = fast_exp2(scale * 1.44269504f * *x - shift[i % 2]);
+                }
+            }
+            // Zeros are set in p and in ds, not -inf in s: lse and delta of a hidden query may
+            // be NaN.
+            if (view == VIEW_PART) attention_mask<true>(s, warp_key, first_query, 0.0f);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (m + 1 < range.end) {
+            int next = first_query + QUERIES;
+            attention_load<QUERIES, D>(q_tiles + (parity ^ 1) * QUERIES * LD,
+                                       q + (size_t)(row0 + next) * ldqk + column0, ldqk, T - next);
+            attention_load_column<QUERIES>(lse_tiles + (parity ^ 1) * QUERIES, lse + next, T - next);
+        }
+        cp_async_commit();
+        if (view == VIEW_NONE) continue;
+        mma_ab<MT, D / 8, QUERIES / 16, LD>(dv_acc, s, dout_tile);
+        mma_abt<MT, NT, D / 16, LD>(ds, v_tile + warp_row * LD, dout_tile);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float* d = delta_tile + 8 * n + lane % 4 * 2;
+            float minus[2] = {d[0], d[1]};
+#pragma unroll
+            for (int i = 0; i < 4 * MT; i++) {
+                float* x = &ds[i / 4][n][i % 4];
+                *x = s[i / 4][n][i % 4] * (*x - minus[i % 2]);
+            }
+        }
+        if (view == VIEW_PART) attention_mask<true>(ds, warp_key, first_query, 0.0f);
+        mma_ab<MT, D / 8, QUERIES / 16, LD>(dk_acc, ds, q_tile);
+    }
+
+    float one[2 * MT], scales[2 * MT];
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        one[r] = 1;
+        scales[r] = scale;
+    }
+    size_t row = (size_t)b * T + warp_key;
+    attention_store(dk + row * lddqk + h * D, lddqk, T - warp_key, k_tile + warp_row * LD, dk_acc,
+                    scales);
+    attention_store(dv + row * lddv + h * D, lddv, T - warp_key, v_tile + warp_row * LD, dv_acc,
+                    one);
+}
+
+template <int D>
+static __global__ void __launch_bounds__(ATTENTION_BLOCK)
+attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const float* delta,
+                    const floatX* q, const floatX* k, const floatX* v, int T, int ldqk, int ldv,
+                    int lddqk, float scale) {
+    typedef AttentionTiles<D> Tiles;
+    constexpr int MT = Tiles::DQ_MT, QUERIES = Tiles::DQ_QUERIES, KEYS = Tiles::DQ_KEYS;
+    constexpr int LD = Tiles::LD, ROWS = 16 * MT, NT = KEYS / 8;
+    DYN_SMEM(floatX, smem);
+    floatX *q_tile = smem, *dout_tile = q_tile + QUERIES * LD, *k_tile = dout_tile + QUERIES * LD;
+    floatX* v_tile = k_tile + KEYS * LD;
+    int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
+    int h = blockIdx.y, H = gridDim.y, b = blockIdx.z, ldout = H * D;
+    int warp_row = warp_index() * ROWS, warp_query = first_query + warp_row;
+    int row0 = b * T, column0 = h * D;
+
+    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
+    int first_key = (range.end - 1) * KEYS;
+    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
+    attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0, ldout,
+                               T - first_query);
+    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
+    cp_async_commit();
+    float acc[MT][D / 8][4], shift[2 * MT], minus[2 * MT];
+    attention_zero(acc);
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        int t = warp_query + threadIdx.x % 32 / 4 + 8 * r;
+        size_t i = ((size_t)b * H + h) * T + t;
+        shift[r] = t < T ? lse[i] * 1.44269504f : 0;
+        minus[r] = t < T ? delta[i] : 0;
+    }
+    for (; first_key >= range.first * KEYS; first_key -= KEYS) {
+        float s[MT][NT][4], ds[MT][NT][4];
+        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
+        cp_async_wait<0>();
+        __syncthreads();
+        attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
+        cp_async_commit();
+        if (view != VIEW_NONE) {
+            mma_abt<MT, NT, D / 16, LD>(ds, dout_tile + warp_row * LD, v_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (first_key > range.first * KEYS) {
+            attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key - KEYS) * ldv + column0, ldv, KEYS);
+        }
+        cp_async_commit();
+        if (view == VIEW_NONE) continue;
+        mma_abt<MT, NT, D / 16, LD>(s, q_tile + warp_row * LD, k_tile);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int r = 2 * m + i / 2;
+                    float p = fast_exp2(scale * 1.44269504f * s[m][n][i] - shift[r]);
+                    ds[m][n][i] = p * (ds[m][n][i] - minus[r]);
+                }
+            }
+        }
+        if (view == VIEW_PART) attention_mask<false>(ds, warp_query, first_key, 0.0f);
+        mma_ab<MT, D / 8, KEYS / 16, LD>(acc, ds, k_tile);
+    }
+
+    float scales[2 * MT];
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) scales[r] = scale;
+    attention_store(dq + ((size_t)b * T + warp_query) * lddqk + h * D, lddqk, T - warp_query,
+                    q_tile + warp_row * LD, acc, scales);
+}
+
+// ---- launchers -----------------------------------------------------------------------------
+
+static inline void attention_check(const void* p, const char* name, int ld) {
+    REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0,
+            "attention needs %s aligned to 16 bytes with a stride divisible by 8, got %p and %d",
+            name, p, ld);
+}
+
+template <int D>
+static inline void attention_forward_dim(floatX* out, float* lse, const floatX* q, const floatX* k,
+                                         const floatX* v, int B, int T, int H, int ldqk, int ldv,
+                                         float scale, cudaStream_t stream) {
+    typedef AttentionTiles<D> Tiles;
+    dim3 grid((unsigned)ceil_div(T, Tiles::FORWARD_QUERIES), H, B);
+    launch<attention_forward_kernel<D>>(grid, dim3(ATTENTION_BLOCK), Tiles::FORWARD_SMEM, stream,
+                                        out, lse, q, k, v, T, ldqk, ldv, scale);
+}
+
+static inline void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k,
+                                     const floatX* v, int B, int T, int H, int D, int ldqk, int ldv,
+                                     float scale, cudaStream_t stream) {
+    REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
+    REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
+    attention_check(out, "out", 8);
+    attention_check(q, "q", ldqk);
+    attention_check(k, "k", ldqk);
+    attention_check(v, "v", ldv);
+    if (D == 32) {
+        attention_forward_dim<32>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+    } else if (D == 64) {
+        attention_forward_dim<64>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+    } else if (D == 128) {
+        attention_forward_dim<128>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+    } else {
+        die("attention needs a head dim of 32, 64 or 128, got %d", D);
+    }
+}
+
+template <int D>
+static inline void attention_backward_dim(floatX* dq, floatX* dk, floatX* dv, float* delta,
+                                          const floatX* dout, const floatX* out, const float* lse,
+                                          const floatX* q, const floatX* k, const floatX* v, int B,
+                                          int T, int H, int ldqk, int ldv, int lddqk, int lddv,
+                                          float scale, cudaStream_t stream) {
+    typedef AttentionTiles<D> Tiles;
+    size_t rows = (size_t)B * T * H;
+    launch<attention_delta_kernel<D>>(dim3((unsigned)ceil_div(rows * (D / 8), 256)), dim3(256), 0,
+                                      stream, delta, dout, out, rows, T, H);
+    dim3 key_grid((unsigned)ceil_div(T, Tiles::DKV_KEYS), H, B);
+    launch<attention_dkv_kernel<D>>(key_grid, dim3(ATTENTION_BLOCK), Tiles::DKV_SMEM, stream, dk,
+                                    dv, dout, lse, delta, q, k, v, T, ldqk, ldv, lddqk, lddv,
+                                    scale);
+    dim3 query_grid((unsigned)ceil_div(T, Tiles::DQ_QUERIES), H, B);
+    launch<attention_dq_kernel<D>>(query_grid, dim3(ATTENTION_BLOCK), Tiles::DQ_SMEM, stream, dq,
+                                   dout, lse, delta, q, k, v, T, ldqk, ldv, lddqk, scale);
+}
+
+static inline void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta,
+                                      const floatX* dout, const floatX* out, const float* lse,
+                                      const floatX* q, const floatX* k, const floatX* v, int B,
+                                      int T, int H, int D, int ldqk, int ldv, int lddqk, int lddv,
+                                      float scale, cudaStream_t stream) {
+    REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
+    REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
+    attention_check(dout, "dout", 8);
+    attention_check(out, "out", 8);
+    attention_check(q, "q", ldqk);
+    attention_check(k, "k", ldqk);
+    attention_check(v, "v", ldv);
+    attention_check(dq, "dq", lddqk);
+    attention_check(dk, "dk", lddqk);
+    attention_check(dv, "dv", lddv);
+    if (D == 32) {
+        attention_backward_dim<32>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
+                                   lddqk, lddv, scale, stream);
+    } else if (D == 64) {
+        attention_backward_dim<64>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
+                                   lddqk, lddv, scale, stream);
+    } else if (D == 128) {
+        attention_backward_dim<128>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
+                                    lddqk, lddv, scale, stream);
+    } else {
+        die("attention needs a head dim of 32, 64 or 128, got %d", D);
+    }
+}

@@ -1,0 +1,126 @@
+/*
+What every file uses: how to stop, how to demand, and what the letters mean.
+
+    B  sequences             C  channels            V  vocabulary columns, padded
+    T  tokens of a sequence  H  heads               L  layers
+    N  = B*T rows            D  = C/H, head dim     R  rows of logits held at one time
+    F  = 4*C, MLP channels   P  ranks
+
+A tensor called y of shape (N, C) is row-major and contiguous unless its header says otherwise; dy
+is the gradient of the loss with respect to y. Sizes are int; a product of two sizes is size_t or
+int64_t.
+
+test        test/test_services.c: common
+*/
+#pragma once
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// The name that opens every error message; the tools in dev/ and the tests set their own.
+static const char* program_name = "train_gpt2";
+
+// ---- stopping ------------------------------------------------------------------------------
+
+// Prints "name: message" to stderr and exits with status 1. After a newline the message goes on
+// below its own first letter: the first line states the fact, the second says what to do.
+static inline void die(const char* fmt, ...) __attribute__((noreturn, format(printf, 1, 2)));
+
+static inline void die(const char* fmt, ...) {
+    char text[4096];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    fflush(stdout);    // so that the message stands below what led to it
+    int indent = fprintf(stderr, "%s: ", program_name);
+    for (const char* line = text; *line;) {
+        size_t length = strcspn(line, "\n");
+        fprintf(stderr, "%*s%.*s\n", line == text ? 0 : indent, "", (int)length, line);
+        line += length + (line[length] == '\n');
+    }
+    exit(1);
+}
+
+// A condition on what the caller or the user gave; never compiled out. The message names the thing,
+// the value found and the value wanted.
+#define REQUIRE(condition, ...) \
+    do { \
+        if (!(condition)) die(__VA_ARGS__); \
+    } while (0)
+
+// ---- arithmetic, memory, text --------------------------------------------------------------
+
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+// Host memory that exists or the program ends. Zeroed, because a count times a size is checked by
+// calloc.
+static inline void* host_alloc(size_t count, size_t size) {
+    void* p = calloc(count ? count : 1, size);
+    REQUIRE(p, "out of memory: %zu x %zu bytes of host memory are not to be had", count, size);
+    return p;
+}
+
+// Bytes of the UTF-8 sequence that starts at s, or 0 if none does: overlong forms, surrogates,
+// stray and missing continuation bytes are none.
+static inline int utf8_length(const unsigned char* s, size_t left) {
+    int n = s[0] < 0x80   ? 1
+            : s[0] < 0xc2 ? 0
+            : s[0] < 0xe0 ? 2
+            : s[0] < 0xf0 ? 3
+            : s[0] < 0xf5 ? 4
+                          : 0;
+    if ((size_t)n > left) return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80) return 0;
+    }
+    if (s[0] == 0xe0 && s[1] < 0xa0) return 0;
+    if (s[0] == 0xed && s[1] > 0x9f) return 0;
+    if (s[0] == 0xf0 && s[1] < 0x90) return 0;
+    if (s[0] == 0xf4 && s[1] > 0x8f) return 0;
+    return n;
+}
+
+// Writes n bytes as a JSON string. What is not UTF-8 (a sampled byte, a file name) becomes U+FFFD,
+// so that the line stays readable to every JSON parser.
+static inline void json_string(FILE* out, const char* text, size_t n) {
+    const unsigned char* s = (const unsigned char*)text;
+    fputc('"', out);
+    for (size_t i = 0; i < n;) {
+        int length = utf8_length(s + i, n - i);
+        if (length == 0) fputs("\\ufffd", out);
+        else if (s[i] == '"' || s[i] == '\\') fprintf(out, "\\%c", s[i]);
+        else if (s[i] < 0x20 || s[i] == 0x7f) fprintf(out, "\\u%04x", s[i]);
+        else fwrite(s + i, 1, (size_t)length, out);
+        i += length ? (size_t)length : 1;
+    }
+    fputc('"', out);
+}
+
+// The shortest decimal that reads back as the same double; whole numbers without an exponent.
+static inline const char* real_text(char* text, size_t size, double v) {
+    if (v == floor(v) && fabs(v) < 1e15) {
+        snprintf(text, size, "%.0f", v);
+        return text;
+    }
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(text, size, "%.*g", digits, v);
+        if (strtod(text, NULL) == v) break;
+    }
+    return text;
+}
+
+// JSON has no word for NaN and infinity: they are written as null.
+static inline void json_real(FILE* out, double v) {
+    char text[40];
+    fputs(v - v == 0 ? real_text(text, sizeof text, v) : "null", out);
+}

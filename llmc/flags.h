@@ -1,0 +1,611 @@
+/*
+Settings: every flag exactly once.
+
+The struct Settings, the parser of the command line and of recipe files, --help, the table printed
+at the start of a run and its line in the log are all made from FLAGS below, so they cannot
+disagree.
+
+A flag is `--name value` or `--name=value`. A recipe file (`--recipe unet`, `--recipe my/own.cfg`)
+has lines `name = value` with the same names without the dashes; `#` opens a comment. What stands on
+the command line wins over the recipe, wherever --recipe stands. Nothing is corrected silently: an
+unknown or repeated name, a missing value, letters after a number, NaN, a value out of range each
+end the program with one message.
+
+To add a setting: one row in FLAGS, and the recipes that want another value than its default.
+
+test        test/test_services.c: flags
+*/
+#pragma once
+#include "common.h"
+
+#include <dirent.h>
+#include <unistd.h>
+
+// ---- the words of the flags that choose ----------------------------------------------------
+
+// W(constant, word): the enum and the words the parser knows come from the same list.
+#define OPTIMIZER_WORDS(W)  W(FLAG_OPTIMIZER_MUON, "muon") W(FLAG_OPTIMIZER_ADAMW, "adamw")
+#define BATCHING_WORDS(W)   W(FLAG_BATCHING_STREAM, "stream") W(FLAG_BATCHING_STRIDED, "strided")
+#define HEAD_WORDS(W)       W(FLAG_HEAD_TIED, "tied") W(FLAG_HEAD_UNTIED, "untied")
+#define INIT_EMBED_WORDS(W) W(FLAG_INIT_UNIFORM, "uniform") W(FLAG_INIT_NORMAL, "normal")
+#define INIT_HEAD_WORDS(W)  W(FLAG_INIT_HEAD_ZERO, "zero") W(FLAG_INIT_HEAD_UNIFORM, "uniform")
+#define QK_ORDER_WORDS(W)   W(FLAG_QK_NORM_FIRST, "norm-first") W(FLAG_QK_ROTATE_FIRST, "rotate-first")
+#define SOFTCAP_WORDS(W) \
+    W(FLAG_SOFTCAP_NONE, "none") W(FLAG_SOFTCAP_TANH, "tanh") W(FLAG_SOFTCAP_SIGMOID, "sigmoid")
+#define MUON_SCALE_WORDS(W) W(FLAG_MUON_SCALE_MAX_DIM, "max-dim") W(FLAG_MUON_SCALE_ASPECT, "aspect")
+#define MUON_FORM_WORDS(W)  W(FLAG_MUON_FORM_SUM, "sum") W(FLAG_MUON_FORM_LERP, "lerp")
+
+#define FLAG_CONSTANT(constant, word) constant,
+#define FLAG_WORD(constant, word)     "|" word
+enum { OPTIMIZER_WORDS(FLAG_CONSTANT) };
+enum { BATCHING_WORDS(FLAG_CONSTANT) };
+enum { HEAD_WORDS(FLAG_CONSTANT) };
+enum { INIT_EMBED_WORDS(FLAG_CONSTANT) };
+enum { INIT_HEAD_WORDS(FLAG_CONSTANT) };
+enum { QK_ORDER_WORDS(FLAG_CONSTANT) };
+enum { SOFTCAP_WORDS(FLAG_CONSTANT) };
+enum { MUON_SCALE_WORDS(FLAG_CONSTANT) };
+enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
+
+// ---- the list ------------------------------------------------------------------------------
+
+// F(kind, name, default, lowest, highest, unit, what it is). The defaults are the recipe `modern`,
+// except for --batching; lowest and highest are allowed. A CHOICE has its words in place of lowest.
+#define FLAGS(F) \
+    F(GROUP, run, 0, 0, 0, "", "the run") \
+    F(TEXT, recipe, "", 0, 0, "", "modern, untied, unet, or a file of `flag = value` lines") \
+    F(INT, steps, 5100, 1, 1e9, "steps", "optimizer steps") \
+    F(INT, batch_tokens, 524288, 1, 1e9, "tokens", \
+      "tokens of an optimizer step, over all ranks and micro-steps") \
+    F(INT, seq_len, 1024, 1, 1e6, "tokens", "tokens of a sequence (T)") \
+    F(INT, micro_batch, 64, 1, 1e6, "seqs", \
+      "sequences per rank and micro-step (B); memory, not the result, depends on it") \
+    F(INT, seed, 1, 0, 9007199254740991, "", "of the initial parameters and the samples") \
+    F(TEXT, load, "", 0, 0, "", \
+      "parameters to start from (safetensors); without --train: sample from them") \
+    F(TEXT, out, "run", 0, 0, "", "directory of log.txt, log.jsonl and saved parameters") \
+    F(INT, save_every, 0, 0, 1e9, "steps", "steps between saved parameters; 0: never") \
+    F(SWITCH, dry_run, 0, 0, 1, "", "say what would be done, then stop") \
+    F(SWITCH, help, 0, 0, 1, "", "show this list") \
+    \
+    F(GROUP, data, 0, 0, 0, "", "data") \
+    F(TEXT, train, "", 0, 0, "", "token shards to train on: a file or a quoted pattern") \
+    F(TEXT, val, "", 0, 0, "", "token shards of the validation loss") \
+    F(CHOICE, batching, FLAG_BATCHING_STREAM, BATCHING_WORDS, 0, "", \
+      "stream: across shard borders; strided: the records' order per rank") \
+    F(INT, data_ranks, 8, 1, 65536, "ranks", \
+      "strided: ranks of the run whose order is followed, on any number of ranks") \
+    F(INT, val_every, 125, 1, 1e9, "steps", \
+      "steps between validation losses; one is taken before the first step and at the end") \
+    F(INT, val_tokens, 10485760, 0, 1e12, "tokens", \
+      "predictions in the validation loss; 0: all there are") \
+    F(INT, sample_every, 0, 0, 1e9, "steps", "steps between samples of text; 0: at the end alone") \
+    F(INT, sample_tokens, 64, 0, 1e6, "tokens", \
+      "length of a sample; 0: none, not even at the end") \
+    F(REAL, sample_temperature, 0.8, 0, 100, "", "of a sample; 0: the likeliest token") \
+    F(INT, sample_top_k, 50, 0, 65536, "tokens", \
+      "draw a sample from the k likeliest; 0: from all") \
+    \
+    F(GROUP, model, 0, 0, 0, "", "model") \
+    F(INT, layers, 12, 1, 1000, "", "layers (L)") \
+    F(INT, heads, 6, 1, 1000, "", "attention heads (H)") \
+    F(INT, channels, 768, 1, 1e5, "", "channels of the residual stream (C)") \
+    F(INT, vocab, 50304, 8, 65536, "", "columns of the logits (V), padded") \
+    F(CHOICE, head, FLAG_HEAD_TIED, HEAD_WORDS, 0, "", "tied: the head is the embedding table") \
+    F(CHOICE, init_embed, FLAG_INIT_UNIFORM, INIT_EMBED_WORDS, 0, "", \
+      "table: uniform in +-1/sqrt(C), or normal with variance 1") \
+    F(CHOICE, init_head, FLAG_INIT_HEAD_ZERO, INIT_HEAD_WORDS, 0, "", \
+      "an untied head: zero, or uniform in +-1/sqrt(C)") \
+    F(INT, embed_norm, 0, 0, 1, "", "1: rmsnorm of the looked-up rows") \
+    F(INT, x0_mix, 0, 0, 1, "", "1: each layer starts from a x + b x0, learned") \
+    F(INT, value_residual, 0, 0, 1, "", "1: each layer mixes in the values of the first, learned") \
+    F(INT, skips, 0, 0, 1, "", \
+      "1: the second half of the layers adds outputs of the first, learned") \
+    F(CHOICE, qk_order, FLAG_QK_ROTATE_FIRST, QK_ORDER_WORDS, 0, "", \
+      "of norm and rotation of queries and keys") \
+    F(REAL, rotary_base, 10000, 1, 1e12, "", "base of the rotation's frequencies") \
+    F(INT, rotary_round_bf16, 1, 0, 1, "", "1: cosines and sines rounded to bf16") \
+    F(REAL, norm_eps, 1.1920929e-07, 0, 1, "", \
+      "added to the mean square in every rmsnorm of the stream") \
+    F(REAL, qk_norm_eps, 0.0078125, 0, 1, "", "the same for queries and keys") \
+    F(REAL, attn_scale, 0, 0, 1000, "", "factor of the scores; 0: 1/sqrt(D)") \
+    F(CHOICE, softcap, FLAG_SOFTCAP_NONE, SOFTCAP_WORDS, 0, "", \
+      "of logits z: c tanh(z/c), or c sigmoid(4z/c)") \
+    F(REAL, softcap_value, 30, 1e-3, 1e6, "", "its c") \
+    F(INT, bf16_tables, 0, 0, 1, "", "1: table and scalars live in bf16, without an fp32 copy") \
+    \
+    F(GROUP, optimizer, 0, 0, 0, "", "optimizer") \
+    F(CHOICE, optimizer, FLAG_OPTIMIZER_MUON, OPTIMIZER_WORDS, 0, "", \
+      "muon: the layers' matrices by Muon, the rest by Adam; adamw: all by Adam") \
+    F(REAL, muon_lr, 0.00036, 0, 100, "", "peak learning rate of the layers' matrices") \
+    F(CHOICE, muon_scale, FLAG_MUON_SCALE_MAX_DIM, MUON_SCALE_WORDS, 0, "", \
+      "times sqrt(max(rows, cols)), or sqrt(max(1, rows/cols))") \
+    F(CHOICE, muon_form, FLAG_MUON_FORM_SUM, MUON_FORM_WORDS, 0, "", \
+      "momentum m: m = mu m + g, or m = mu m + (1-mu) g") \
+    F(REAL, muon_momentum, 0.95, 0, 0.999999, "", "Muon's momentum (mu)") \
+    F(REAL, muon_momentum_start, 0.95, 0, 0.999999, "", "momentum of the first step") \
+    F(INT, muon_momentum_warmup, 0, 0, 1e9, "steps", "steps from there to the full momentum") \
+    F(INT, ns_steps, 5, 1, 100, "", "Newton-Schulz iterations") \
+    F(REAL, embed_lr, 0.0036, 0, 100, "", \
+      "peak learning rate of the table (of the tied one, too)") \
+    F(REAL, head_lr, 0.0036, 0, 100, "", "of an untied head") \
+    F(REAL, scalar_lr, 0.04, 0, 100, "", "of the learned scalars") \
+    F(REAL, adamw_lr, 0.0018, 0, 100, "", "with --optimizer adamw: of everything") \
+    F(REAL, adam_beta1, 0.9, 0, 0.999999, "", "Adam's decay of the mean") \
+    F(REAL, adam_beta2, 0.95, 0, 0.999999, "", "Adam's decay of the mean square") \
+    F(REAL, adam_eps, 1e-08, 0, 1, "", "Adam's eps") \
+    F(REAL, weight_decay, 0, 0, 100, "", "of what Adam updates, times its learning rate") \
+    F(REAL, cooldown_frac, 0.2843137, 0, 1, "", \
+      "last part of the run, in which the learning rate falls linearly") \
+    F(REAL, final_lr_frac, 0, 0, 1, "", "the learning rate it falls to, as a part of the peak")
+
+// ---- struct Settings -----------------------------------------------------------------------
+
+#define TEXT_SIZE 1024
+
+#define FLAG_MEMBER_GROUP(name)
+#define FLAG_MEMBER_INT(name)    int64_t name;
+#define FLAG_MEMBER_REAL(name)   double name;
+#define FLAG_MEMBER_TEXT(name)   char name[TEXT_SIZE];    // "" means none
+#define FLAG_MEMBER_CHOICE(name) int name;
+#define FLAG_MEMBER_SWITCH(name) int name;
+#define FLAG_MEMBER(kind, name, initial, low, high, unit, what) FLAG_MEMBER_##kind(name)
+
+typedef struct Settings {
+    FLAGS(FLAG_MEMBER)
+} Settings;
+
+// ---- the list as data ----------------------------------------------------------------------
+
+typedef enum FlagKind {
+    FLAG_GROUP,
+    FLAG_INT,
+    FLAG_REAL,
+    FLAG_TEXT,
+    FLAG_CHOICE,
+    FLAG_SWITCH
+} FlagKind;
+
+typedef struct Flag {
+    FlagKind kind;
+    const char* name;       // of the member; the flag is the same with - for _
+    size_t offset;          // of the member
+    double initial;         // the default; of a TEXT it is `text`
+    const char* text;       // TEXT: the default; CHOICE: "|word|word"
+    double low, high;
+    const char* unit;
+    const char* what;
+} Flag;
+
+#define FLAG_ROW_GROUP(n, i, l, h)  0, 0, "", 0, 0
+#define FLAG_ROW_INT(n, i, l, h)    offsetof(Settings, n), (double)(i), "", l, h
+#define FLAG_ROW_REAL(n, i, l, h)   offsetof(Settings, n), i, "", l, h
+#define FLAG_ROW_TEXT(n, i, l, h)   offsetof(Settings, n), 0, i, 0, 0
+#define FLAG_ROW_CHOICE(n, i, l, h) offsetof(Settings, n), i, l(FLAG_WORD), 0, 0
+#define FLAG_ROW_SWITCH(n, i, l, h) offsetof(Settings, n), i, "", l, h
+#define FLAG_ROW(kind, n, i, l, h, unit, what) { FLAG_##kind, #n, FLAG_ROW_##kind(n, i, l, h), unit, what },
+
+static const Flag FLAG_TABLE[] = { FLAGS(FLAG_ROW) };
+enum { FLAG_COUNT = sizeof FLAG_TABLE / sizeof FLAG_TABLE[0] };
+
+static inline int64_t* flag_int(const Flag* f, const Settings* s) {
+    return (int64_t*)((char*)s + f->offset);
+}
+
+static inline double* flag_real(const Flag* f, const Settings* s) {
+    return (double*)((char*)s + f->offset);
+}
+
+static inline char* flag_text(const Flag* f, const Settings* s) {
+    return (char*)s + f->offset;
+}
+
+static inline int* flag_choice(const Flag* f, const Settings* s) {
+    return (int*)((char*)s + f->offset);
+}
+
+static inline void settings_defaults(Settings* s) {
+    memset(s, 0, sizeof *s);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        if (f->kind == FLAG_INT) *flag_int(f, s) = (int64_t)f->initial;
+        if (f->kind == FLAG_REAL) *flag_real(f, s) = f->initial;
+        if (f->kind == FLAG_TEXT) snprintf(flag_text(f, s), TEXT_SIZE, "%s", f->text);
+        if (f->kind == FLAG_CHOICE || f->kind == FLAG_SWITCH) *flag_choice(f, s) = (int)f->initial;
+    }
+}
+
+// ---- names and words -----------------------------------------------------------------------
+
+// The flag as it is typed: batch_tokens is --batch-tokens.
+static inline const char* flag_spelling(char* text, size_t size, const Flag* f) {
+    snprintf(text, size, "%s", f->name);
+    for (char* c = text; *c; c++) {
+        if (*c == '_') *c = '-';
+    }
+    return text;
+}
+
+// A name given with its length, because `--steps=10` and `steps = 10` go on after it.
+static inline const Flag* flag_find(const char* name, size_t length) {
+    char text[64];
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        if (f->kind == FLAG_GROUP) continue;
+        flag_spelling(text, sizeof text, f);
+        if (strlen(text) == length && memcmp(text, name, length) == 0) return f;
+    }
+    return NULL;
+}
+
+// Number of letters to insert, delete or replace to make b of a.
+static inline int edit_distance(const char* a, size_t n, const char* b) {
+    int row[65];
+    size_t m = strlen(b);
+    if (m > 64) m = 64;
+    for (size_t j = 0; j <= m; j++) row[j] = (int)j;
+    for (size_t i = 1; i <= n; i++) {
+        int diagonal = row[0];
+        row[0] = (int)i;
+        for (size_t j = 1; j <= m; j++) {
+            int best = diagonal + (a[i - 1] != b[j - 1]);
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            diagonal = row[j];
+            row[j] = best;
+        }
+    }
+    return row[m];
+}
+
+// The flag whose name is nearest to a mistyped one, or NULL when none is near.
+static inline const Flag* flag_nearest(const char* name, size_t length) {
+    const Flag* nearest = NULL;
+    int best = length < 6 ? 3 : 1 + (int)(length / 2);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        if (f->kind == FLAG_GROUP) continue;
+        char text[64];
+        int distance = edit_distance(name, length, flag_spelling(text, sizeof text, f));
+        if (distance < best) {
+            best = distance;
+            nearest = f;
+        }
+    }
+    return nearest;
+}
+
+// The n-th word of "|word|word", or its length 0 when there is none.
+static inline const char* flag_word(const char* words, int n, size_t* length) {
+    for (; *words; n--) {
+        words++;
+        *length = strcspn(words, "|");
+        if (n == 0) return words;
+        words += *length;
+    }
+    *length = 0;
+    return words;
+}
+
+// The value as it would be typed.
+static inline const char* flag_value(char* text, size_t size, const Flag* f, const Settings* s) {
+    if (f->kind == FLAG_INT) snprintf(text, size, "%" PRId64, *flag_int(f, s));
+    if (f->kind == FLAG_REAL) real_text(text, size, *flag_real(f, s));
+    if (f->kind == FLAG_TEXT) snprintf(text, size, "%s", flag_text(f, s));
+    if (f->kind == FLAG_SWITCH) snprintf(text, size, "%d", *flag_choice(f, s));
+    if (f->kind == FLAG_CHOICE) {
+        size_t length;
+        const char* word = flag_word(f->text, *flag_choice(f, s), &length);
+        snprintf(text, size, "%.*s", (int)length, word);
+    }
+    return text;
+}
+
+// ---- one value -----------------------------------------------------------------------------
+
+static inline void flag_check_range(const Flag* f, const char* where, const char* value, double v) {
+    char low[40], high[40];
+    // Written so that NaN is out of range.
+    if (v >= f->low && v <= f->high) return;
+    die("%s must be from %s to %s%s%s, got %s", where, real_text(low, sizeof low, f->low),
+        real_text(high, sizeof high, f->high), *f->unit ? " " : "", f->unit, value);
+}
+
+// `where` names the place in messages: "--steps" or "unet.cfg:12: steps".
+static inline void flag_set(Settings* s, const Flag* f, const char* where, const char* value) {
+    char* end;
+    if (f->kind == FLAG_INT || f->kind == FLAG_SWITCH) {
+        long long v = strtoll(value, &end, 10);
+        REQUIRE(end != value && *end == 0 && *value > ' ', "%s wants an integer, got '%s'", where,
+                value);
+        flag_check_range(f, where, value,
+                         (double)v);    // a larger number than fits is LLONG_MAX here
+        if (f->kind == FLAG_INT) *flag_int(f, s) = v;
+        else *flag_choice(f, s) = (int)v;
+    } else if (f->kind == FLAG_REAL) {
+        double v = strtod(value, &end);
+        REQUIRE(end != value && *end == 0 && *value > ' ', "%s wants a number, got '%s'", where,
+                value);
+        flag_check_range(f, where, value, v);
+        *flag_real(f, s) = v;
+    } else if (f->kind == FLAG_TEXT) {
+        size_t length = strlen(value);
+        REQUIRE(length < TEXT_SIZE, "%s takes at most %d bytes, got %zu", where, TEXT_SIZE - 1,
+                length);
+        memcpy(flag_text(f, s), value, length + 1);
+    } else {
+        size_t length;
+        for (int i = 0;; i++) {
+            const char* word = flag_word(f->text, i, &length);
+            if (length == 0) break;
+            if (strlen(value) == length && memcmp(word, value, length) == 0) {
+                *flag_choice(f, s) = i;
+                return;
+            }
+        }
+        die("%s must be one of %s, got '%s'", where, f->text + 1, value);
+    }
+}
+
+static inline void flag_unknown(const char* place, const char* dashes, const char* name,
+                                size_t length) {
+    const Flag* nearest = flag_nearest(name, length < 64 ? length : 64);
+    char spelling[64];
+    if (!nearest) die("%sno flag %s%.*s\n--help lists them", place, dashes, (int)length, name);
+    die("%sno flag %s%.*s; the nearest is %s%s\n--help lists them", place, dashes, (int)length,
+        name, dashes, flag_spelling(spelling, sizeof spelling, nearest));
+}
+
+// ---- recipe files --------------------------------------------------------------------------
+
+// The file that `--recipe name` means: a name with a slash or a dot is a path as it stands; any
+// other is scripts/recipes/NAME.cfg beside the program, then under the working directory.
+static inline void recipe_path(char* path, size_t size, const char* name) {
+    if (strpbrk(name, "/.")) {
+        snprintf(path, size, "%s", name);
+        return;
+    }
+    char program[TEXT_SIZE];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    program[n > 0 ? n : 0] = 0;
+    char* slash = strrchr(program, '/');
+    if (slash) {
+        *slash = 0;
+        snprintf(path, size, "%s/scripts/recipes/%s.cfg", program, name);
+        if (access(path, R_OK) == 0) return;
+    }
+    snprintf(path, size, "scripts/recipes/%s.cfg", name);
+    if (access(path, R_OK) == 0) return;
+    die("no recipe '%s': neither %s nor %s/%s is there\n"
+        "give one of modern, untied, unet, or the path of a file", name, path, program, path);
+}
+
+// Sets in s what the file says, and marks it in given[].
+static inline void recipe_read(Settings* s, bool* given, const char* path) {
+    FILE* file = fopen(path, "r");
+    REQUIRE(file, "--recipe: cannot open %s: %s", path, strerror(errno));
+    int line_of[FLAG_COUNT] = {0};
+    char line[2 * TEXT_SIZE], place[2 * TEXT_SIZE + 64], where[2 * TEXT_SIZE + 192];
+    for (int number = 1; fgets(line, sizeof line, file); number++) {
+        snprintf(place, sizeof place, "%s:%d: ", path, number);
+        size_t length = strlen(line);
+        REQUIRE(length + 1 < sizeof line || line[length - 1] == '\n',
+                "%sthe line is longer than %zu bytes", place, sizeof line - 2);
+        // A comment starts at a # that opens the line or follows a space, so that a path may hold
+        // one.
+        for (char* c = line; *c; c++) {
+            if (*c == '#' && (c == line || c[-1] == ' ' || c[-1] == '\t')) *c = 0;
+        }
+        char* name = line + strspn(line, " \t\r\n");
+        if (!*name) continue;
+        size_t name_length = strcspn(name, " \t\r\n=");
+        char* value = name + name_length + strspn(name + name_length, " \t\r\n");
+        REQUIRE(*value == '=' && name_length > 0, "%sexpected `flag = value`, found '%.*s'", place,
+                (int)strcspn(name, "\r\n"), name);
+        value++;
+        value += strspn(value, " \t\r\n");
+        for (char* end = value + strlen(value); end > value && strchr(" \t\r\n", end[-1]);)
+            *--end = 0;
+        const Flag* f = flag_find(name, name_length);
+        if (!f) flag_unknown(place, "", name, name_length);
+        int i = (int)(f - FLAG_TABLE);
+        char spelling[64];
+        snprintf(where, sizeof where, "%s%s", place, flag_spelling(spelling, sizeof spelling, f));
+        REQUIRE(strcmp(f->name, "recipe") != 0 && strcmp(f->name, "help") != 0,
+                "%s belongs on the command line, not in a recipe", where);
+        REQUIRE(*value, "%s has no value", where);
+        REQUIRE(!line_of[i], "%s is given twice, first in line %d", where, line_of[i]);
+        line_of[i] = number;
+        given[i] = true;
+        flag_set(s, f, where, value);
+    }
+    REQUIRE(!ferror(file), "--recipe: cannot read %s: %s", path, strerror(errno));
+    fclose(file);
+}
+
+// ---- the command line ----------------------------------------------------------------------
+
+static inline void settings_help(FILE* out) {
+    fprintf(out, "usage: %s --train PATTERN --val PATTERN [--recipe NAME] [flags]\n", program_name);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        char left[128], spelling[64], value[TEXT_SIZE];
+        if (f->kind == FLAG_GROUP) {
+            fprintf(out, "\n%s\n", f->what);
+            continue;
+        }
+        static const char* const WANTS[] = { "", "N", "X", "TEXT", "", "" };
+        snprintf(left, sizeof left, "--%s %s", flag_spelling(spelling, sizeof spelling, f),
+                 f->kind == FLAG_CHOICE ? f->text + 1 : WANTS[f->kind]);
+        fprintf(out, "  %-40s %s", left, f->what);
+        Settings initial;
+        settings_defaults(&initial);
+        flag_value(value, sizeof value, f, &initial);
+        if (f->kind != FLAG_SWITCH && *value) {
+            fprintf(out, " [%s%s%s]", value, *f->unit ? " " : "", f->unit);
+        }
+        fputc('\n', out);
+    }
+    fprintf(out, "\nIn brackets the defaults, which are those of the recipe `modern`. "
+            "A flag given here wins over the recipe's.\n");
+}
+
+static inline void settings_parse(Settings* s, int argc, char** argv) {
+    bool given[FLAG_COUNT] = {false};
+    const char* value_of[FLAG_COUNT] = {NULL};
+    settings_defaults(s);
+    const Flag* recipe = flag_find("recipe", 6);
+    // First every word is understood and nothing set, so that the recipe can be read before.
+    for (int i = 1; i < argc; i++) {
+        const char* word = argv[i];
+        REQUIRE(strncmp(word, "--", 2) == 0 && word[2],
+                "expected a flag, found '%s'\n--help lists them", word);
+        size_t length = strcspn(word + 2, "=");
+        const char* value = word[2 + length] == '=' ? word + 2 + length + 1 : NULL;
+        const Flag* f = flag_find(word + 2, length);
+        if (!f) flag_unknown("", "--", word + 2, length);
+        int k = (int)(f - FLAG_TABLE);
+        REQUIRE(!given[k], "--%.*s is given twice", (int)length, word + 2);
+        given[k] = true;
+        if (!value && f->kind == FLAG_SWITCH) value = "1";
+        if (!value) {
+            REQUIRE(i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0, "--%.*s wants a value%s%s",
+                    (int)length, word + 2, i + 1 < argc ? ", found the flag " : "",
+                    i + 1 < argc ? argv[i + 1] : "");
+            value = argv[++i];
+        }
+        value_of[k] = value;
+        if (strcmp(f->name, "help") == 0) {
+            settings_help(stdout);
+            exit(0);
+        }
+    }
+    if (value_of[recipe - FLAG_TABLE]) {
+        char path[2 * TEXT_SIZE];
+        recipe_path(path, sizeof path, value_of[recipe - FLAG_TABLE]);
+        recipe_read(s, given, path);
+    }
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        char where[80], spelling[64];
+        snprintf(where, sizeof where, "--%s",
+                 flag_spelling(spelling, sizeof spelling, &FLAG_TABLE[i]));
+        if (value_of[i]) flag_set(s, &FLAG_TABLE[i], where, value_of[i]);
+    }
+}
+
+// ---- checks that join two flags ------------------------------------------------------------
+
+// Multiples of `unit` on both sides of `found`, in words.
+static inline const char* nearest_multiples(char* text, size_t size, int64_t found, int64_t unit) {
+    int64_t below = found / unit * unit;
+    if (below > 0) snprintf(text, size, "%" PRId64 " and %" PRId64, below, below + unit);
+    else snprintf(text, size, "%" PRId64, unit);
+    return text;
+}
+
+static inline void settings_check(const Settings* s, int world) {
+    char near[80];
+    int64_t micro_tokens = world * s->micro_batch * s->seq_len;
+    REQUIRE(s->micro_batch * s->seq_len <= INT32_MAX,
+            "--micro-batch %" PRId64 " x --seq-len %" PRId64
+            " tokens is more than a micro-step can hold (%d)",
+            s->micro_batch, s->seq_len, INT32_MAX);
+    REQUIRE(s->batch_tokens % micro_tokens == 0,
+            "--batch-tokens %" PRId64 " is not a multiple of %d rank%s x --micro-batch %" PRId64
+            " x --seq-len %" PRId64 " = %" PRId64
+            " tokens\nnearest that fit: %s; or change --micro-batch",
+            s->batch_tokens, world, world == 1 ? "" : "s", s->micro_batch, s->seq_len, micro_tokens,
+            nearest_multiples(near, sizeof near, s->batch_tokens, micro_tokens));
+    REQUIRE(s->channels % s->heads == 0,
+            "--channels %" PRId64 " is not a multiple of --heads %" PRId64 "\nnearest that fit: %s",
+            s->channels, s->heads, nearest_multiples(near, sizeof near, s->channels, s->heads));
+    int64_t head_dim = s->channels / s->heads;
+    REQUIRE(head_dim == 32 || head_dim == 64 || head_dim == 128,
+            "--channels %" PRId64 " / --heads %" PRId64 " is a head of %" PRId64
+            " channels; it must be 32, 64 or 128\n"
+            "with these channels: --heads %s",
+            s->channels, s->heads, head_dim,
+            s->channels % 32 ? "has no such value; take --channels in multiples of 32"
+                             : (snprintf(near, sizeof near, "%" PRId64 " (heads of %d)",
+                                         s->channels / (s->channels % 128 == 0  ? 128
+                                                        : s->channels % 64 == 0 ? 64
+                                                                                : 32),
+                                         s->channels % 128 == 0  ? 128
+                                         : s->channels % 64 == 0 ? 64
+                                                                 : 32),
+                                near));
+    REQUIRE(s->vocab % 8 == 0,
+            "--vocab %" PRId64
+            " is not a multiple of 8 (rows are read 16 bytes at a time)\nnearest that fit: %s; "
+            "columns no token uses are harmless",
+            s->vocab, nearest_multiples(near, sizeof near, s->vocab, 8));
+    REQUIRE(!s->skips || s->layers % 2 == 0,
+            "--skips 1 pairs the layers, but --layers %" PRId64 " is odd\nnearest that fit: %s",
+            s->layers, nearest_multiples(near, sizeof near, s->layers, 2));
+    bool sample_only = *s->load && !*s->train;
+    REQUIRE(s->dry_run || sample_only || *s->train,
+            "--train is missing: the token shards to train on\n"
+            "dev/text_to_shards makes them from text files");
+    REQUIRE(s->dry_run || sample_only || *s->val,
+            "--val is missing: the token shards of the validation "
+            "loss\ndev/text_to_shards makes them from text files");
+}
+
+// ---- showing them --------------------------------------------------------------------------
+
+// A star marks what differs from the default: that is what a reader of a log looks for.
+static inline void settings_print(FILE* out, const Settings* s) {
+    Settings initial;
+    settings_defaults(&initial);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        char spelling[64], value[TEXT_SIZE], usual[TEXT_SIZE];
+        if (f->kind == FLAG_GROUP) {
+            fprintf(out, "%s\n", f->what);
+            continue;
+        }
+        if (f->kind == FLAG_SWITCH) continue;
+        flag_value(value, sizeof value, f, s);
+        flag_value(usual, sizeof usual, f, &initial);
+        bool changed = strcmp(value, usual) != 0;
+        fprintf(out, "  %-22s %16s", flag_spelling(spelling, sizeof spelling, f),
+                *value ? value : "-");
+        if (changed) fprintf(out, " %-7s *", f->unit);
+        else if (*f->unit) fprintf(out, " %s", f->unit);
+        fputc('\n', out);
+    }
+}
+
+// All settings as the lines of a recipe file: what a saved model says about its making.
+static inline void settings_text(char* text, size_t size, const Settings* s) {
+    size_t at = 0;
+    *text = 0;
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        char spelling[64], value[TEXT_SIZE];
+        if (f->kind == FLAG_GROUP || f->kind == FLAG_SWITCH) continue;
+        flag_value(value, sizeof value, f, s);
+        if (!*value || strcmp(f->name, "recipe") == 0)
+            continue;    // what the recipe said is in the others
+        int n = snprintf(text + at, size - at, "%s = %s\n",
+                         flag_spelling(spelling, sizeof spelling, f), value);
+        REQUIRE(n >= 0 && (size_t)n < size - at,
+                "settings_text: %zu bytes are too few for the settings", size);
+        at += (size_t)n;
+    }
+}
+
+static inline void settings_json(FILE* out, const Settings* s) {
+    const char* comma = "{";
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        char value[TEXT_SIZE];
+        if (f->kind == FLAG_GROUP || f->kind == FLAG_SWITCH) continue;
+        fprintf(out, "%s\"%s\":", comma, f->name);
+        comma = ",";
+        flag_value(value, sizeof value, f, s);
+        if (f->kind == FLAG_TEXT || f->kind == FLAG_CHOICE) json_string(out, value, strlen(value));
+        else fputs(value, out);
+    }
+    fputc('}', out);
+}

@@ -1,0 +1,176 @@
+/*
+QK-norm and rotary position embedding, fused, on the query and key heads of every row.
+
+With x = (x1, x2) the two halves of a head and c, s the tables' row of its position:
+
+    R x   = (x1 c + x2 s, -x1 s + x2 c)
+    y     = rstd R x      rstd = 1 / √(mean(x²) + eps)            norm first
+                          rstd = 1 / √(mean((R x)²) + eps)        rotation first
+    dx    = rstd Rᵀ (dy - y mean(dy y) / g)
+                          g = c² + s²                             norm first
+                          g = 1                                   rotation first
+
+R is a rotation only as far as c² + s² = 1, which tables rounded to bf16 miss by up to 2^-7: hence
+two orders, which differ, and g. (Norm first: with x̂ = rstd x the norm's backward is
+dx = rstd (Rᵀ dy - x̂ mean(Rᵀdy x̂)), and y = R x̂ gives x̂ = Rᵀ y / g and mean(Rᵀdy x̂) = mean(dy y).)
+
+qk, dqk   rows of stride ld, ldd: H heads of q, then H heads of k, D columns each; changed in place
+rstd      (N, 2H) fp32, written by forward, read by backward
+cos, sin  (T, D/2) fp32; row n = b T + t reads row t. The angle of pair j is t / base^(2j/D).
+sizes     D = 32, 64 or 128; strides multiples of 8, pointers aligned to 16 bytes
+saved     y, which lies where x was, and rstd
+NaN       a NaN in a head makes that head NaN
+cost      bf16, bytes per element: forward 4, backward 6; tables stay in the cache; bound by memory
+test      test/cases_rotary.h
+sources   Su et al. 2021, "RoFormer", arXiv:2104.09864; Henry et al. 2020, "Query-Key
+          Normalization", arXiv:2010.04245
+
+A head belongs to D/16 lanes, lane l with columns 8l.. of both halves: pairs never leave a lane, and
+the lanes of a head meet once, for the sum of squares.
+*/
+#pragma once
+#include "device.cuh"
+
+constexpr int ROTARY_BLOCK = 256;
+
+// Eight pairs: columns 8l.. of the first half, and of the second.
+struct Pairs8 {
+    float8 a, b;
+};
+
+static __device__ inline Pairs8 pairs_load(const floatX* head, int half) {
+    Pairs8 x = {load8(head), load8(head + half)};
+    return x;
+}
+
+static __device__ inline float pairs_dot(Pairs8 x, Pairs8 y) {
+    float sum = 0;
+    for (int j = 0; j < 8; j++) sum += x.a.v[j] * y.a.v[j] + x.b.v[j] * y.b.v[j];
+    return sum;
+}
+
+// R x; with -sin in place of sin, Rᵀ x
+static __device__ inline Pairs8 pairs_rotate(Pairs8 x, float8 c, float8 s) {
+    Pairs8 y;
+    for (int j = 0; j < 8; j++) {
+        y.a.v[j] = x.a.v[j] * c.v[j] + x.b.v[j] * s.v[j];
+        y.b.v[j] = x.b.v[j] * c.v[j] - x.a.v[j] * s.v[j];
+    }
+    return y;
+}
+
+template <int D>
+static __global__ void qknorm_rotary_forward_kernel(floatX* qk, float* rstd, const float* cos,
+                                                    const float* sin, size_t heads, int T, int H,
+                                                    int ld, float eps, bool norm_first) {
+    constexpr int W = D / 16, HALF = D / 2;
+    size_t i = (size_t)blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
+    if (head >= heads) return;                         // all lanes of a head or none
+    size_t n = head / (2 * H);
+    int h = (int)(head % (2 * H)), column = (int)(i % W) * 8;
+    size_t entry = n % T * HALF + column;
+    floatX* here = qk + n * ld + h * D + column;
+    Pairs8 x = pairs_load(here, HALF);
+    Pairs8 y = pairs_rotate(x, load8(cos + entry), load8(sin + entry));
+    float mean = warp_sum<W>(norm_first ? pairs_dot(x, x) : pairs_dot(y, y)) / D;
+    float scale = 1.0f / sqrtf(mean + eps);
+    for (int j = 0; j < 8; j++) {
+        y.a.v[j] *= scale;
+        y.b.v[j] *= scale;
+    }
+    store8(here, y.a);
+    store8(here + HALF, y.b);
+    if (column == 0) rstd[head] = scale;
+}
+
+template <int D>
+static __global__ void qknorm_rotary_backward_kernel(floatX* dqk, const floatX* qk,
+                                                     const float* rstd, const float* cos,
+                                                     const float* sin, size_t heads, int T, int H,
+                                                     int ldd, int ld, bool norm_first) {
+    constexpr int W = D / 16, HALF = D / 2;
+    size_t i = (size_t)blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
+    if (head >= heads) return;
+    size_t n = head / (2 * H);
+    int h = (int)(head % (2 * H)), column = (int)(i % W) * 8;
+    size_t entry = n % T * HALF + column;
+    floatX* here = dqk + n * ldd + h * D + column;
+    Pairs8 dy = pairs_load(here, HALF), y = pairs_load(qk + n * ld + h * D + column, HALF);
+    float8 c = load8(cos + entry), s = load8(sin + entry);
+    float mean = warp_sum<W>(pairs_dot(dy, y)) / D, scale = rstd[head];
+    for (int j = 0; j < 8; j++) {
+        float g = norm_first ? c.v[j] * c.v[j] + s.v[j] * s.v[j] : 1.0f;
+        dy.a.v[j] = scale * (dy.a.v[j] - y.a.v[j] * (mean / g));
+        dy.b.v[j] = scale * (dy.b.v[j] - y.b.v[j] * (mean / g));
+        s.v[j] = -s.v[j];
+    }
+    Pairs8 dx = pairs_rotate(dy, c, s);
+    store8(here, dx.a);
+    store8(here + HALF, dx.b);
+}
+
+// ---- tables and launchers ------------------------------------------------------------------
+
+// Fills host arrays. Exponent, power, its reciprocal and the angle are each rounded to float, as in
+// the recipes' tensors: at t = 1023 an angle in double would differ from theirs by up to 3e-5.
+static inline void rotary_tables(float* cos, float* sin, int T, int D, float base,
+                                 bool round_to_bf16) {
+    for (int j = 0; j < D / 2; j++) {
+        float exponent = (float)(2 * j) / (float)D;
+        float frequency = 1.0f / (float)pow((double)base, (double)exponent);
+        for (int t = 0; t < T; t++) {
+            float angle = (float)t * frequency;
+            float c = (float)(::cos)((double)angle), s = (float)(::sin)((double)angle);
+            size_t i = (size_t)t * (D / 2) + j;
+            cos[i] = round_to_bf16 ? __bfloat162float(__float2bfloat16_rn(c)) : c;
+            sin[i] = round_to_bf16 ? __bfloat162float(__float2bfloat16_rn(s)) : s;
+        }
+    }
+}
+
+static inline unsigned qknorm_rotary_blocks(const void* p, int N, int T, int H, int D, int ld) {
+    REQUIRE(T > 0 && N % T == 0, "rotary needs rows in whole sequences of T, got N=%d T=%d", N, T);
+    REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
+            "rotary needs q and k aligned to 16 bytes, in rows of a multiple of 8 and at least 2 H D"
+            " = %d columns; got %p and %d", 2 * H * D, p, ld);
+    return (unsigned)ceil_div((size_t)N * 2 * H * (D / 16), ROTARY_BLOCK);
+}
+
+static inline void qknorm_rotary_forward(floatX* qk, float* rstd, const float* cos,
+                                         const float* sin, int N, int T, int H, int D, int ld,
+                                         float eps, bool norm_first, cudaStream_t stream) {
+    dim3 grid(qknorm_rotary_blocks(qk, N, T, H, D, ld)), block(ROTARY_BLOCK);
+    size_t heads = (size_t)N * 2 * H;
+    if (D == 32) {
+        launch<qknorm_rotary_forward_kernel<32>>(grid, block, 0, stream, qk, rstd, cos, sin, heads,
+                                                 T, H, ld, eps, norm_first);
+    } else if (D == 64) {
+        launch<qknorm_rotary_forward_kernel<64>>(grid, block, 0, stream, qk, rstd, cos, sin, heads,
+                                                 T, H, ld, eps, norm_first);
+    } else if (D == 128) {
+        launch<qknorm_rotary_forward_kernel<128>>(grid, block, 0, stream, qk, rstd, cos, sin,
+                                                  heads, T, H, ld, eps, norm_first);
+    } else {
+        die("rotary needs a head dim of 32, 64 or 128, got %d", D);
+    }
+}
+
+static inline void qknorm_rotary_backward(floatX* dqk, const floatX* qk, const float* rstd,
+                                          const float* cos, const float* sin, int N, int T, int H,
+                                          int D, int ldd, int ld, bool norm_first,
+                                          cudaStream_t stream) {
+    dim3 grid(qknorm_rotary_blocks(dqk, N, T, H, D, ldd)), block(ROTARY_BLOCK);
+    size_t heads = (size_t)N * 2 * H;
+    if (D == 32) {
+        launch<qknorm_rotary_backward_kernel<32>>(grid, block, 0, stream, dqk, qk, rstd, cos, sin,
+                                                  heads, T, H, ldd, ld, norm_first);
+    } else if (D == 64) {
+        launch<qknorm_rotary_backward_kernel<64>>(grid, block, 0, stream, dqk, qk, rstd, cos, sin,
+                                                  heads, T, H, ldd, ld, norm_first);
+    } else if (D == 128) {
+        launch<qknorm_rotary_backward_kernel<128>>(grid, block, 0, stream, dqk, qk, rstd, cos, sin,
+                                                   heads, T, H, ldd, ld, norm_first);
+    } else {
+        die("rotary needs a head dim of 32, 64 or 128, got %d", D);
+    }
+}

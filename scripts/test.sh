@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, runs every test; the last line is "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.."
+. scripts/install.sh
+need_build_tools
+exec test/run_all.sh

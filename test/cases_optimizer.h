@@ -1,0 +1,586 @@
+/*
+adamw, norm, newton_schulz, muon: llmc/adamw.cuh, norm.cuh and muon.cuh against oracle.h and against
+golden files that the published code made with PyTorch.
+
+Allowed, u = 2^-24:
+adamw    m and v are three rounded operations on terms that may cancel: 4u of the terms' absolute
+         values. p takes over m's error and has ten roundings of its own in the quotient, three outside.
+         What is stored as bf16 is rounded once: 2^-8 more, and must be a bf16 value.
+norm     the bound in norm.cuh
+NS       A rounding error made while a singular value is small grows with it, by up to 3.4445 a
+         step, so it depends on the matrix. Float against double was measured on random matrices:
+         at most 3.4e-5 of the rms; ten times that is allowed. bf16 against float: rms 1.5e-2 to 2.2e-2,
+         allowed 3e-2; against the golden bf16_fused, whose roundings are the same but sums are not,
+         4e-2.
+*/
+#pragma once
+#include "../llmc/adamw.cuh"
+#include "../llmc/muon.cuh"
+#include "../llmc/norm.cuh"
+#include "../llmc/safetensors.h"
+#include "oracle.h"
+#include "test.h"
+
+// ---- helpers -------------------------------------------------------------------------------------
+
+static double* test_golden_array(const SafeFile* file, const char* prefix, const char* name, size_t n) {
+    char full[64];
+    snprintf(full, sizeof full, "%s%s", prefix, name);
+    const SafeTensor* t = safetensors_find(file, full);
+    if (!t || (size_t)safe_elements(t) != n || (t->type != SAFE_F32 && t->type != SAFE_BF16)) {
+        die("%s: no tensor %s of %zu F32 or BF16 values", file->path, full, n);
+    }
+    double* x = test_doubles(n);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        if (t->type == SAFE_F32) memcpy(&bits, (const char*)t->data + 4 * i, 4);
+        else bits = (uint32_t)((const uint16_t*)t->data)[i] << 16;
+        float v;
+        memcpy(&v, &bits, 4);
+        x[i] = v;
+    }
+    return x;
+}
+
+// Differences relative to the rms of what is wanted: their rms, and the largest.
+static void test_rms(const char* name, const double* got, const double* want, size_t n, double rms_tol,
+                     double max_tol) {
+    double sum = 0, diff = 0, largest = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs(got[i] - want[i]);
+        sum += want[i] * want[i];
+        diff += d * d;
+        if (!(d <= largest)) largest = d;
+    }
+    char what[160];
+    double scale = sqrt(sum / n);
+    snprintf(what, sizeof what, "%s, rms", name);
+    test_check(what, sqrt(diff / n) / scale, rms_tol);
+    snprintf(what, sizeof what, "%s, largest", name);
+    test_check(what, largest / scale, max_tol);
+}
+
+static double* test_widen(float* x, size_t n) {    // frees x
+    double* wide = test_doubles(n);
+    for (size_t i = 0; i < n; i++) wide[i] = x[i];
+    free(x);
+    return wide;
+}
+
+// ---- adamw ---------------------------------------------------------------------------------------
+
+// One step from given states; every element against its own bound.
+static void test_adamw_case(size_t n, bool use_master, bool bf16_state, double wd, int step) {
+    const double u = 0x1p-24, lr = (float)0.01, b1 = (float)0.9, b2 = (float)0.95, eps = (float)1e-8;
+    wd = (float)wd;
+    double *p = test_doubles(n), *g = test_doubles(n), *m = test_doubles(n), *v = test_doubles(n);
+    test_fill_normal_float(p, n, 1, 1.0);
+    test_fill_normal_float(g, n, 2, 0.1);
+    test_fill_normal_float(m, n, 3, 0.1);
+    test_fill_normal_float(v, n, 4, 0.1);
+    for (size_t i = 0; i < n; i++) {
+        v[i] = (float)(v[i] * v[i]);
+        g[i] = (float)(g[i] * exp(8 * test_uniform(5, i) - 4));    // four orders of magnitude
+        if (i % 7 == 3) g[i] = m[i] = v[i] = 0;
+        if (!use_master) p[i] = test_round(p[i]);
+        if (bf16_state) p[i] = test_round_bf16(p[i]), m[i] = test_round_bf16(m[i]), v[i] = test_round_bf16(v[i]);
+    }
+    floatX* p_d = test_upload(p, n);
+    float *g_d = test_upload_float(g, n), *m_d = test_upload_float(m, n), *v_d = test_upload_float(v, n);
+    float* master_d = use_master ? test_upload_float(p, n) : NULL;
+    if (use_master) {    // p is only written
+        double* junk = test_doubles(n);
+        for (size_t i = 0; i < n; i++) junk[i] = NAN;
+        test_put(p_d, junk, n);
+        free(junk);
+    }
+    adamw_update(p_d, master_d, g_d, m_d, v_d, n, lr, b1, b2, eps, wd, step, bf16_state, 0);
+    float *got_p = test_download(p_d, n), *got_m = test_download_float(m_d, n);
+    float *got_v = test_download_float(v_d, n), *got_w = use_master ? test_download_float(master_d, n) : NULL;
+
+    double worst[3] = {0, 0, 0}, c1 = 1 - pow(b1, step), c2 = 1 - pow(b2, step);
+    bool copied = true, representable = true, still = true;
+    for (size_t i = 0; i < n; i++) {
+        double g1 = bf16_state ? test_round_bf16(g[i]) : g[i], before = p[i];
+        double m_terms = fabs(m[i]) + fabs(g1), v_terms = v[i] + g1 * g1;
+        // the unrounded values: the bf16 state is judged as one rounding of them
+        oracle_adamw_update(&p[i], &g1, &m[i], &v[i], 1, lr, b1, b2, eps, wd, step, false);
+        double denominator = sqrt(v[i] / c2) + eps, store = bf16_state ? 0x1p-8 : 0;
+        double allowed[3] = {
+            3 * u * (fabs(before) + fabs(p[i])) +
+                lr / c1 / denominator * u * (4 * m_terms + 10 * fabs(m[i])) + store * fabs(p[i]),
+            4 * u * m_terms + store * fabs(m[i]), 4 * u * v_terms + store * fabs(v[i])};
+        double got[3] = {use_master ? got_w[i] : got_p[i], got_m[i], got_v[i]};
+        double want[3] = {p[i], m[i], v[i]};
+        if (!use_master && !bf16_state) allowed[0] += TEST_EPS * fabs(p[i]);
+        for (int k = 0; k < 3; k++) {
+            double err = fabs(got[k] - want[k]), ratio = err == 0 ? 0 : err / allowed[k];
+            if (!(ratio <= worst[k])) worst[k] = ratio;
+            if (bf16_state) representable &= got[k] == test_round_bf16(got[k]);
+        }
+        if (use_master) copied &= got_p[i] == (float)test_round(got_w[i]);
+        if (i % 7 == 3 && wd == 0) still &= got[0] == before;
+    }
+    char name[160];
+    const char* of[3] = {"p", "m", "v"};
+    for (int k = 0; k < 3; k++) {
+        snprintf(name, sizeof name, "adamw %s n=%zu master=%d bf16_state=%d wd=%g step=%d", of[k], n,
+                 use_master, bf16_state, wd, step);
+        test_check(name, worst[k], 1);
+    }
+    if (use_master) test_true("adamw p is the rounded master", copied);
+    if (bf16_state) test_true("adamw bf16_state stores bf16 values", representable);
+    test_true("adamw zero gradient leaves p", still);
+    free(p), free(g), free(m), free(v), free(got_p), free(got_m), free(got_v), free(got_w);
+    cudaFree(p_d), cudaFree(g_d), cudaFree(m_d), cudaFree(v_d), cudaFree(master_d);
+}
+
+// NaN in one gradient reaches its own parameter and nothing else; v's NaN too.
+static void test_adamw_nan(void) {
+    enum { n = 19 };
+    double p[n], g[n], state[n] = {0};
+    test_fill_normal(p, n, 1, 1.0);
+    test_fill_normal(g, n, 2, 1.0);
+    g[4] = NAN, g[17] = NAN;    // one in the part of eight, one in the rest
+    floatX* p_d = test_upload(p, n);
+    float *w_d = test_upload_float(p, n), *g_d = test_upload_float(g, n);
+    float *m_d = test_upload_float(state, n), *v_d = test_upload_float(state, n);
+    adamw_update(p_d, w_d, g_d, m_d, v_d, n, 0.01f, 0.9f, 0.95f, 1e-8f, 0, 1, false, 0);
+    float* got = test_download(p_d, n);
+    bool right = true;
+    for (int i = 0; i < n; i++) right &= (got[i] != got[i]) == (i == 4 || i == 17);
+    test_true("adamw NaN in g is NaN in that p alone", right);
+    free(got);
+    cudaFree(p_d), cudaFree(w_d), cudaFree(g_d), cudaFree(m_d), cudaFree(v_d);
+}
+
+// Five steps of torch.optim.AdamW: p0 and five gradients in, p1..p5, m and v out. Betas are floats here
+// and were doubles there: 1 - beta differs by 2.4e-7 relative, which p does not see (it cancels in
+// the bias correction) but m and v do; five steps of rounding on top.
+static void test_adamw_golden(const char* group, float lr, float b1, float b2, float eps, float wd) {
+    const size_t n = 50 * 30;
+    const double u = 0x1p-24;
+    SafeFile file;
+    safetensors_open(&file, "test/golden/units/adam.safetensors");
+    char name[64];
+    double *zero = test_doubles(n), *p = test_golden_array(&file, group, ".p0", n);
+    floatX* p_d = test_upload(p, n);
+    float *w_d = test_upload_float(p, n), *m_d = test_upload_float(zero, n), *v_d = test_upload_float(zero, n);
+    free(p);
+    for (int s = 0; s < 5; s++) {
+        snprintf(name, sizeof name, ".g%d", s);
+        double* g = test_golden_array(&file, group, name, n);
+        float* g_d = test_upload_float(g, n);
+        adamw_update(p_d, w_d, g_d, m_d, v_d, n, lr, b1, b2, eps, wd, s + 1, false, 0);
+        snprintf(name, sizeof name, ".p%d", s + 1);
+        double* want = test_golden_array(&file, group, name, n);
+        char what[128];
+        snprintf(what, sizeof what, "adamw golden %s step %d", group, s + 1);
+        test_compare_device_float(what, w_d, want, n, 40 * u * lr * (s + 1), 2 * u * (s + 1));
+        free(g), free(want);
+        cudaFree(g_d);
+    }
+    float *m = test_download_float(m_d, n), *v = test_download_float(v_d, n);
+    double *want_m = test_golden_array(&file, group, ".m", n), *want_v = test_golden_array(&file, group, ".v", n);
+    double worst = 0;    // m may cancel: against the largest gradient so far, which √v/√(1-β2) stands for
+    for (size_t i = 0; i < n; i++) {
+        double ratio = fabs(m[i] - want_m[i]) / (32 * u * sqrt(want_v[i] / (1 - b2)) + 1e-30);
+        if (!(ratio <= worst)) worst = ratio;
+    }
+    test_check("adamw golden m", worst, 1);
+    test_compare("adamw golden v", v, want_v, n, 1e-37, 32 * u);
+    free(m), free(v), free(want_m), free(want_v), free(zero);
+    cudaFree(p_d), cudaFree(w_d), cudaFree(m_d), cudaFree(v_d);
+    safetensors_close(&file);
+}
+
+static void test_adamw(void) {
+    const size_t sizes[] = {1, 7, 8, 2048, 4099};
+    for (int i = 0; i < 5; i++) {
+        for (int master = 0; master < 2; master++) {
+            if (master || !FLOATX_IS_BF16) test_adamw_case(sizes[i], master, false, 0, 1);
+            if (master || !FLOATX_IS_BF16) test_adamw_case(sizes[i], master, false, 0.1, 3);
+            test_adamw_case(sizes[i], master, true, 0, 1);
+            test_adamw_case(sizes[i], master, true, 0.1, 1000);
+        }
+    }
+    test_adamw_nan();
+    test_adamw_golden("adamw", 0.0036f, 0.9f, 0.95f, 1e-8f, 0);
+    test_adamw_golden("adamw_wd", 0.0036f, 0.9f, 0.95f, 1e-8f, 0.1f);
+    test_adamw_golden("adam_sub3", 0.6f, 0.8f, 0.95f, 1e-10f, 0);
+}
+
+// ---- norm ----------------------------------------------------------------------------------------
+
+static void test_norm_case(size_t n, int bad) {
+    const double u = 0x1p-24;
+    double *g = test_doubles(n), sum = 0, want[2];
+    test_fill_normal_float(g, n, 1, 3.0);
+    for (size_t i = 0; i < n; i++) sum += g[i] * g[i];
+    for (int i = 0; i < bad; i++) {    // spread out, the first and the last element among them
+        size_t at = bad == 1 ? n - 1 : (n - 1) * i / (bad - 1);
+        g[at] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
+    }
+    float *g_d = test_upload_float(g, n), *scratch = test_device_float(grad_norm_scratch_floats(n));
+    double before[2] = {NAN, NAN};
+    float* out = test_upload_float(before, 2);
+    grad_norm(out, g_d, n, false, scratch, 0);
+    char name[96];
+    snprintf(name, sizeof name, "grad_norm n=%zu, %d not finite", n, bad);
+    float *got = test_download_float(out, 2), *again;
+    want[0] = sum, want[1] = bad;
+    if (bad) test_true(name, !(fabsf(got[0]) <= FLT_MAX) && got[1] == bad);
+    else test_compare(name, got, want, 2, 0, (32 + n / 2097152.0) * u);
+    if (!bad) {
+        grad_norm(out, g_d, n, true, scratch, 0);
+        again = test_download_float(out, 2);
+        test_true("grad_norm adds to what it found", again[0] == 2 * got[0] && again[1] == 0);
+        free(again);
+    }
+    free(g), free(got);
+    cudaFree(g_d), cudaFree(scratch), cudaFree(out);
+}
+
+// Whole numbers: the sum is exact, so a term too many or too few shows.
+static void test_norm_exact(size_t n) {
+    double *g = test_doubles(n), want[2] = {0, 0}, ten[2] = {10, 1};
+    test_fill_whole(g, n, 1, -8, 8);
+    for (size_t i = 0; i < n; i++) want[0] += g[i] * g[i];
+    want[0] += 10, want[1] += 1;
+    float *g_d = test_upload_float(g, n), *scratch = test_device_float(grad_norm_scratch_floats(n));
+    float* out = test_upload_float(ten, 2);
+    grad_norm(out, g_d, n, true, scratch, 0);
+    test_compare_device_float("grad_norm exact", out, want, 2, 0, 0);
+    free(g);
+    cudaFree(g_d), cudaFree(scratch), cudaFree(out);
+}
+
+static void test_norm(void) {
+    const size_t sizes[] = {1, 5, 16, 4095, 16384, 16385, 150001};
+    for (int i = 0; i < 7; i++) {
+        test_norm_case(sizes[i], 0);
+        test_norm_case(sizes[i], 1);
+        if (sizes[i] > 16) test_norm_case(sizes[i], 5);
+        test_norm_exact(sizes[i]);
+    }
+}
+
+// ---- newton_schulz -------------------------------------------------------------------------------
+
+static double* test_ns_run(const double* g, int count, int rows, int cols, int steps, Matmul* mm) {
+    size_t n = (size_t)count * rows * cols, bytes = muon_scratch_bytes(count, rows, cols);
+    float *g_d = test_upload_float(g, n), *scratch = test_device_float(bytes / 4);
+    floatX* o_d = test_device(n);
+    newton_schulz(o_d, g_d, count, rows, cols, steps, scratch, bytes, mm, 0);
+    double* o = test_widen(test_download(o_d, n), n);
+    cudaFree(g_d), cudaFree(scratch), cudaFree(o_d);
+    return o;
+}
+
+// A batch of random matrices of very different norms, one of them zero.
+static void test_ns_case(int count, int rows, int cols, Matmul* mm) {
+    size_t n = (size_t)rows * cols;
+    double *g = test_doubles(count * n), *want = test_doubles(count * n);
+    for (int i = 0; i < count; i++) {
+        test_fill_normal_float(g + i * n, n, 1 + i, i == 1 ? 0 : pow(10, i % 9 - 4));
+        oracle_newton_schulz(want + i * n, g + i * n, rows, cols, 5, 3.4445, -4.7750, 2.0315, 1e-7);
+    }
+    double* o = test_ns_run(g, count, rows, cols, 5, mm);
+    char name[96];
+    bool zero = true;
+    for (int i = 0; i < count; i++) {
+        if (i == 1) {
+            for (size_t j = 0; j < n; j++) zero &= o[n + j] == 0;
+            continue;
+        }
+        snprintf(name, sizeof name, "newton_schulz matrix %d of %d, %dx%d", i, count, rows, cols);
+        if (FLOATX_IS_BF16) test_rms(name, o + i * n, want + i * n, n, 3e-2, 0.3);
+        else test_rms(name, o + i * n, want + i * n, n, 5e-5, 3.4e-4);
+    }
+    test_true("newton_schulz of zero is zero", zero);
+    free(g), free(want), free(o);
+}
+
+// A diagonal matrix stays diagonal and its entries follow the polynomial, each on its own: what NS does
+// to singular values, without a decomposition. Those above 0.002 of the norm end between 0.68 and 1.21.
+static void test_ns_diagonal(int rows, int cols, Matmul* mm) {
+    int k = rows < cols ? rows : cols;
+    size_t n = (size_t)rows * cols;
+    double *g = test_doubles(n), *want = test_doubles(n), norm = 0;
+    for (int i = 0; i < k; i++) {
+        double s = (float)pow(0.003, (double)i / (k - 1)) * (i % 2 ? -1 : 1);
+        g[(size_t)i * cols + i] = s;
+        norm += s * s;
+    }
+    for (int i = 0; i < k; i++) {
+        double s = g[(size_t)i * cols + i] / (sqrt(norm) + 1e-7);
+        for (int step = 0; step < 5; step++) s = 3.4445 * s - 4.7750 * s * s * s + 2.0315 * s * s * s * s * s;
+        want[(size_t)i * cols + i] = s;
+    }
+    double *o = test_ns_run(g, 1, rows, cols, 5, mm), worst = 0, off = 0;
+    bool range = true;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs(o[i] - want[i]);
+        if (i / cols == i % cols) {
+            if (!(d <= worst)) worst = d;
+            // 0.001 of the norm is about the smallest of these: it ends near 0.5
+            if (fabs(g[i]) > 0.002 * sqrt(norm)) range &= fabs(o[i]) > 0.66 && fabs(o[i]) < 1.23;
+        } else if (!(fabs(o[i]) <= off)) {
+            off = fabs(o[i]);
+        }
+    }
+    char name[96];
+    snprintf(name, sizeof name, "newton_schulz diagonal %dx%d", rows, cols);
+    // 25 roundings, of which each step at most doubles the relative error so far
+    test_check(name, worst, 25 * 8 * TEST_EPS);
+    test_check("newton_schulz off the diagonal", off, 0);
+    test_true("newton_schulz singular values come near 1", range);
+    free(g), free(want), free(o);
+}
+
+static void test_ns_golden(const char* file_name, int rows, int cols, Matmul* mm) {
+    size_t n = (size_t)rows * cols;
+    char path[96];
+    snprintf(path, sizeof path, "test/golden/units/%s.safetensors", file_name);
+    SafeFile file;
+    safetensors_open(&file, path);
+    double *g = test_golden_array(&file, "", "G", n), *o = test_ns_run(g, 1, rows, cols, 5, mm);
+    bool lowrank = strstr(file_name, "lowrank"), zero = strstr(file_name, "zero");
+    const char* of[2] = {"modern.f32", "sub3.f32"};    // two ways to write down the same iteration
+    char name[96];
+    for (int i = 0; i < 2; i++) {
+        double* want = test_golden_array(&file, "", of[i], n);
+        snprintf(name, sizeof name, "newton_schulz golden %s %s", file_name, of[i]);
+        if (zero) {
+            bool right = true;
+            for (size_t j = 0; j < n; j++) right &= o[j] == 0 && want[j] == 0;
+            test_true(name, right);
+        } else if (FLOATX_IS_BF16 && !lowrank) {
+            test_rms(name, o, want, n, 3e-2, 0.3);
+        } else if (!FLOATX_IS_BF16) {
+            // rank 8 and noise of 1e-6, which grows by 485: the goldens are 2.6e-4 from double
+            test_rms(name, o, want, n, lowrank ? 2e-4 : 5e-5, lowrank ? 1.5e-3 : 3.4e-4);
+        }
+        free(want);
+    }
+    if (FLOATX_IS_BF16 && !lowrank && !zero) {
+        double* want = test_golden_array(&file, "", "sub3.bf16_fused", n);
+        snprintf(name, sizeof name, "newton_schulz golden %s bf16_fused", file_name);
+        test_rms(name, o, want, n, 4e-2, 0.4);
+        free(want);
+    }
+    free(g), free(o);
+    safetensors_close(&file);
+}
+
+static void test_newton_schulz(Matmul* mm) {
+    test_ns_case(3, 64, 64, mm);
+    test_ns_case(3, 40, 136, mm);
+    test_ns_case(3, 136, 40, mm);
+    test_ns_case(35, 16, 24, mm);    // three slices of 12, 12 and 11
+    test_ns_case(2, 8, 1, mm);       // a vector: NS of it is a multiple of u/|u|
+    test_ns_case(2, 96, 264, mm);    // four blocks, the last one not full
+    test_ns_diagonal(16, 24, mm);
+    test_ns_diagonal(72, 48, mm);
+    test_ns_golden("ns_64x64", 64, 64, mm);
+    test_ns_golden("ns_128x512", 128, 512, mm);
+    test_ns_golden("ns_lowrank_96x256", 96, 256, mm);
+    test_ns_golden("ns_zero", 16, 48, mm);
+}
+
+// ---- muon ----------------------------------------------------------------------------------------
+
+typedef struct {
+    floatX* p;
+    float *master, *g, *m;
+    int count, rows, cols;
+    size_t n;    // of all matrices
+    void* scratch;
+    size_t scratch_bytes;
+} TestMuon;
+
+static TestMuon test_muon_make(const double* p, const double* m, int count, int rows, int cols) {
+    TestMuon t = {};
+    t.count = count, t.rows = rows, t.cols = cols;
+    t.n = (size_t)count * rows * cols;
+    t.p = test_upload(p, t.n);
+    t.master = test_upload_float(p, t.n);
+    t.m = test_upload_float(m, t.n);
+    t.g = test_device_float(t.n);
+    t.scratch_bytes = muon_scratch_bytes(count, rows, cols);
+    t.scratch = test_device_float(t.scratch_bytes / 4);
+    return t;
+}
+
+static void test_muon_free(TestMuon* t) {
+    cudaFree(t->p), cudaFree(t->master), cudaFree(t->g), cudaFree(t->m), cudaFree(t->scratch);
+}
+
+static void test_muon_step(TestMuon* t, const double* g, const float* scale, float lr, float mu,
+                           MuonForm form, Matmul* mm) {
+    test_put_float(t->g, g, t->n);
+    muon_update(t->p, t->master, t->g, t->m, t->count, t->rows, t->cols, scale, lr, mu, form, 5,
+                t->scratch, t->scratch_bytes, mm, 0);
+}
+
+// Three steps of a bank against the oracle, each matrix with a scale of its own; then zeros and NaN.
+static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul* mm) {
+    const double u = 0x1p-24;
+    const float lr = 0.02f, mu = 0.95f;
+    size_t n = (size_t)rows * cols, all = count * n;
+    double *p = test_doubles(all), *g = test_doubles(all), *m = test_doubles(all), *start = test_doubles(all);
+    double* update = test_doubles(all);
+    float* scale = test_floats(count);
+    test_fill_normal_float(p, all, 1, 0.03);
+    for (int i = 0; i < count; i++) {
+        scale[i] = muon_scale(i % 2 ? MUON_SCALE_ASPECT : MUON_SCALE_MAX_DIM, rows + 8 * i, cols);
+    }
+    memcpy(start, p, all * sizeof *p);
+    TestMuon t = test_muon_make(p, m, count, rows, cols);
+    char name[128];
+    for (int step = 0; step < 3; step++) {
+        test_fill_normal_float(g, all, 10 + step, 1e-3);
+        test_muon_step(&t, g, scale, lr, mu, form, mm);
+        for (int i = 0; i < count; i++) {
+            double* direction = test_doubles(n);
+            oracle_muon_momentum(direction, m + i * n, g + i * n, n, mu,
+                                 form == MUON_FORM_SUM ? ORACLE_MOMENTUM_SUM : ORACLE_MOMENTUM_EMA);
+            oracle_newton_schulz(direction, direction, rows, cols, 5, 3.4445, -4.7750, 2.0315, 1e-7);
+            for (size_t j = 0; j < n; j++) p[i * n + j] -= (double)lr * scale[i] * direction[j];
+            free(direction);
+        }
+    }
+    double *w = test_widen(test_download_float(t.master, all), all), *half = test_widen(test_download(t.p, all), all);
+    bool copied = true;
+    for (size_t i = 0; i < all; i++) {
+        copied &= half[i] == test_round(w[i]);
+        w[i] -= start[i];
+        update[i] = p[i] - start[i];
+    }
+    for (int i = 0; i < count; i++) {    // p is about 0.03 and an update lr scale, 0.02 or more: rounding of p is nothing
+        snprintf(name, sizeof name, "muon matrix %d of %d, %dx%d form %d", i, count, rows, cols, form);
+        if (FLOATX_IS_BF16) test_rms(name, w + i * n, update + i * n, n, 3e-2, 0.3);
+        else test_rms(name, w + i * n, update + i * n, n, 5e-5, 3.4e-4);
+    }
+    test_true("muon p is the rounded master", copied);
+    snprintf(name, sizeof name, "muon momentum %dx%d form %d", rows, cols, form);
+    test_compare_device_float(name, t.m, m, all, 1e-3 * 4 * 12 * u, 12 * u);    // |g| < 4e-3, 3 steps of 4 roundings
+
+    // no gradient and no momentum: nothing moves. A NaN spoils its own matrix, no other.
+    double* still = test_widen(test_download_float(t.master, all), all);
+    test_fill_normal_float(g, all, 20, 0);
+    test_put_float(t.m, g, all);
+    test_muon_step(&t, g, scale, lr, mu, form, mm);
+    double* after = test_widen(test_download_float(t.master, all), all);
+    test_same_bits("muon zero gradient and momentum", after, still, all * sizeof *after);
+    free(after);
+    g[(count - 1) * n + n / 2] = NAN;
+    test_muon_step(&t, g, scale, lr, mu, form, mm);
+    after = test_widen(test_download_float(t.master, all), all);
+    bool spoilt = true, spared = true;
+    for (size_t i = 0; i < all; i++) {
+        if (i / n == (size_t)count - 1) spoilt &= after[i] != after[i];
+        else spared &= after[i] == still[i];
+    }
+    test_true("muon NaN spoils its matrix", spoilt);
+    test_true("muon NaN spares the others", spared);
+    free(p), free(g), free(m), free(start), free(update), free(scale), free(w), free(half), free(still), free(after);
+    test_muon_free(&t);
+}
+
+// Four steps of the published optimizers. fp32: NS of the records is float there.
+static void test_muon_golden(const char* matrix, int count, int rows, int cols, bool modern, Matmul* mm) {
+    const double u = 0x1p-24;
+    size_t n = (size_t)count * rows * cols;
+    SafeFile file;
+    safetensors_open(&file, "test/golden/units/muon.safetensors");
+    char prefix[32], name[64], what[128];
+    snprintf(prefix, sizeof prefix, "%s.", matrix);
+    double *start = test_golden_array(&file, prefix, "p0", n), *zero = test_doubles(n);
+    TestMuon t = test_muon_make(start, zero, count, rows, cols);
+    float scale[3];
+    for (int i = 0; i < count; i++) {
+        scale[i] = muon_scale(modern ? MUON_SCALE_MAX_DIM : MUON_SCALE_ASPECT, rows, cols);
+    }
+    for (int step = 0; step < 4; step++) {
+        snprintf(name, sizeof name, "g%d", step);
+        double* g = test_golden_array(&file, prefix, name, n);
+        float lr = modern ? 0.00036f : 0.05f, mu = modern ? 0.95f : (float)(0.85 + 0.1 * step / 300);
+        test_muon_step(&t, g, scale, lr, mu, modern ? MUON_FORM_SUM : MUON_FORM_LERP, mm);
+        snprintf(name, sizeof name, "%s.p%d", modern ? "modern" : "sub3", step + 1);
+        double *want = test_golden_array(&file, prefix, name, n);
+        double* got = test_widen(test_download_float(t.master, n), n);
+        for (size_t i = 0; i < n; i++) want[i] -= start[i], got[i] -= start[i];
+        // the suggested bounds of the first update; p's own rounding is 6e-8 of |p| on an update of 1e-3
+        snprintf(what, sizeof what, "muon golden %s %s", matrix, name);
+        test_rms(what, got, want, n, 2e-4, 2e-3);
+        free(g), free(want), free(got);
+    }
+    snprintf(name, sizeof name, "%s.buf", modern ? "modern" : "sub3");
+    double *want = test_golden_array(&file, prefix, name, n), largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fabs(want[i]) > largest ? fabs(want[i]) : largest;
+    snprintf(what, sizeof what, "muon golden %s %s", matrix, name);
+    test_compare_device_float(what, t.m, want, n, 16 * u * largest, 16 * u);
+    free(start), free(zero), free(want);
+    test_muon_free(&t);
+    safetensors_close(&file);
+}
+
+// Equal bits in a second run and with any number of threads.
+static void test_muon_repeat(Matmul* mm) {
+    const int count = 18, rows = 96, cols = 104;
+    const size_t n = (size_t)count * rows * cols;
+    double *p = test_doubles(n), *g = test_doubles(n), *zero = test_doubles(n);
+    float scale[18], *first = NULL;
+    for (int i = 0; i < count; i++) scale[i] = 1;
+    test_fill_normal_float(p, n, 1, 0.03);
+    test_fill_normal_float(g, n, 2, 1.0);
+    for (int run = 0; run < 3; run++) {
+#ifndef __CUDACC__
+        host_set_threads(run + 1);
+#endif
+        TestMuon t = test_muon_make(p, zero, count, rows, cols);
+        test_muon_step(&t, g, scale, 0.02f, 0.95f, MUON_FORM_SUM, mm);
+        float* got = test_download_float(t.master, n);
+        if (run > 0) test_same_bits("muon run again, other threads", got, first, n * sizeof(float));
+        if (run > 0) free(got);
+        else first = got;
+        test_muon_free(&t);
+    }
+#ifndef __CUDACC__
+    host_set_threads(0);
+#endif
+    free(p), free(g), free(zero), free(first);
+}
+
+static void test_muon(Matmul* mm) {
+    test_true("muon_scale max-dim 768x3072", muon_scale(MUON_SCALE_MAX_DIM, 768, 3072) == sqrtf(3072.0f));
+    test_true("muon_scale max-dim 3072x768", muon_scale(MUON_SCALE_MAX_DIM, 3072, 768) == sqrtf(3072.0f));
+    test_true("muon_scale aspect 3072x768", muon_scale(MUON_SCALE_ASPECT, 3072, 768) == 2.0f);
+    test_true("muon_scale aspect 768x3072", muon_scale(MUON_SCALE_ASPECT, 768, 3072) == 1.0f);
+    test_muon_case(2, 48, 64, MUON_FORM_SUM, mm);
+    test_muon_case(2, 64, 48, MUON_FORM_LERP, mm);
+    test_muon_case(17, 16, 24, MUON_FORM_SUM, mm);    // two slices
+    test_muon_repeat(mm);
+    size_t small = muon_scratch_bytes(MUON_SLICE, 64, 48), large = muon_scratch_bytes(1000, 64, 48);
+    test_true("muon scratch does not grow with the bank", large <= small);
+    if (FLOATX_IS_BF16) return;    // the golden NS is float
+    test_muon_golden("sq", 1, 64, 64, true, mm);
+    test_muon_golden("sq", 1, 64, 64, false, mm);
+    test_muon_golden("wide", 1, 48, 192, true, mm);
+    test_muon_golden("wide", 1, 48, 192, false, mm);
+    test_muon_golden("tall", 1, 192, 48, true, mm);
+    test_muon_golden("tall", 1, 192, 48, false, mm);
+    test_muon_golden("qkv", 3, 64, 64, true, mm);     // three matrices that lie one below the other
+    test_muon_golden("qkv", 3, 64, 64, false, mm);
+}
+
+static void test_optimizer(void) {
+    static Matmul mm;
+    matmul_init(&mm, 0);
+    test_adamw();
+    test_norm();
+    test_newton_schulz(&mm);
+    test_muon(&mm);
+    matmul_free(&mm);
+}

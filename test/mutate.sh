@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# test/mutate.sh [WORD]: breaks the code on purpose, one line of mutations.txt at a time (with WORD, the lines
+# that contain it), in a copy of the tree, and expects the tests named there to turn red. Tests that stay
+# green, scripts that change nothing and copies that do not compile count as failures.
+set -u
+cd "$(dirname "$0")/.."
+word="${1:-}" passed=0 failed=0
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r Makefile train_gpt2.cu llmc scripts test "$copy"
+cd "$copy" || exit 1
+flags=(-std=c++17 -O1 -march=native -fno-math-errno -w -Illmc/host -I.)
+mkdir objects
+for part in llmc/host/*.cpp; do
+    ${CXX:-g++} "${flags[@]}" -O2 -c "$part" -o "objects/$(basename "$part" .cpp).o" || exit 1
+done
+
+# build TEST: makes ./mutant; run TEST: runs it.
+build() {
+    local kind=${1%%:*} name=${1#*:} precision=FP32 source=test/test_golden.cu
+    [ "$kind" = kernels16 ] && precision=BF16
+    if [ "$kind" != golden ]; then
+        source=mutant.cu
+        printf '#include "llmc/device.cuh"\n#include "test/test.h"\n#include "test/oracle.h"\n#include "test/cases_%s.h"\n' \
+            "$name" > $source
+        printf 'int main(int c, char** v) {\n    test_init(c, v);\n    if (test_group("%s")) test_%s();\n' "$name" "$name" >> $source
+        printf '    return test_summary();\n}\n' >> $source
+    fi
+    ${CXX:-g++} "${flags[@]}" -DPRECISION_$precision -x c++ $source -x none objects/*.o -ldnnl -lgomp -lpthread -o mutant
+}
+run() {
+    local kind=${1%%:*} name=${1#*:}
+    if [ "$kind" = golden ]; then timeout 300 ./mutant "test/golden/$name"; else timeout 300 ./mutant; fi
+}
+verdict() {      # verdict ok|FAIL TEXT
+    echo "$1  $2"
+    if [ "$1" = FAIL ]; then failed=$((failed + 1)); else passed=$((passed + 1)); fi
+}
+
+declare -A known                       # tests that are green without a mutation
+title=""
+while IFS= read -r line; do
+    case "$line" in
+        "#"*) title="${line#\# }"; continue ;;
+        "") title=""; continue ;;
+    esac
+    [[ -n "$word" && "$line$title" != *"$word"* ]] && continue
+    file=${line%% | *} rest=${line#* | }
+    tests=${rest%% | *} script=${rest#* | }
+    if [ -z "${known[$tests]:-}" ]; then
+        if build "$tests" > build.txt 2>&1 && run "$tests" > run.txt 2>&1; then
+            known[$tests]=green
+        else
+            known[$tests]=red
+            cat build.txt run.txt 2> /dev/null | tail -n 5
+        fi
+    fi
+    if [ "${known[$tests]}" = red ]; then
+        verdict FAIL "$file: $title: $tests fails without the mutation"
+        continue
+    fi
+    cp "$file" unbroken
+    sed -i "$script" "$file"
+    if cmp -s "$file" unbroken; then
+        verdict FAIL "$file: $title: the script changes nothing"
+    elif ! build "$tests" > build.txt 2>&1; then
+        verdict FAIL "$file: $title: does not compile: $(grep -m1 error build.txt)"
+    elif run "$tests" > run.txt 2>&1; then
+        verdict FAIL "$file: $title: $tests stays green"
+    else
+        verdict "ok  " "$file: $title"
+    fi
+    cp unbroken "$file"
+done < <(cat test/mutations.txt)
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

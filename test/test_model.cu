@@ -1,0 +1,444 @@
+/*
+The whole trainer at small sizes: gradients of each recipe against the double-precision oracle, and the
+properties that a run promises.
+
+    gradients       loss and every gradient of modern, untied and unet equal the oracle's
+    accumulation    --micro-batch changes memory, not the result
+    repeat          the same step twice, and on 1 or 2 OS threads, gives the same bits
+    overfit         a batch is learned by heart
+    file            weights_save and weights_load keep every bit; the values and shapes are the parameters'
+    evaluation      the mean over exactly --val-tokens predictions, for any micro-batch
+    not finite      a NaN weight is noticed before an update
+
+Settings come from the recipe files themselves, so that a wrong number there shows up here.
+*/
+#define TRAIN_GPT2_NO_MAIN
+#include "../train_gpt2.cu"
+#include "oracle.h"
+#include "test.h"
+
+static Model model;
+
+// A small model of a recipe. Overrides are further flags, NULL-terminated.
+static const Settings* make_settings(const char* recipe, const char* const* flags) {
+    static Settings cfg;
+    const char* argv[64] = {"train_gpt2", "--recipe", recipe};
+    int argc = 3;
+    while (flags && *flags) argv[argc++] = *flags++;
+    settings_parse(&cfg, argc, (char**)argv);
+    return &cfg;
+}
+
+static void model_end(Model* m) {
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    model_free(m);
+}
+
+static void fill_batch(Model* m, int N, int real_vocab, uint64_t seed) {
+    batch_wait(m);
+    test_fill_tokens(m->tokens_host, N, seed, real_vocab);
+    for (int i = 0; i < N; i++) m->targets_host[i] = i + 1 < N ? m->tokens_host[i + 1] : m->tokens_host[0];
+}
+
+// Values that make every gradient informative: the recipes' zero matrices would hide most of them.
+static void randomize(Model* m, uint64_t seed) {
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
+            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+            size_t n = (size_t)bank->rows * bank->cols;
+            float* value = test_floats(n);
+            for (size_t i = 0; i < n; i++) {
+                double z = test_normal(seed + 1000 * id + layer, i);
+                double v = bank->kind == SCALAR ? 0.5 + 0.2 * z : id == WTE ? 0.5 * z : z / sqrt((double)bank->cols);
+                value[i] = (float)test_round(v);
+            }
+            param_write(m, value, (ParamId)id, layer);
+            free(value);
+        }
+    }
+}
+
+static void compute_gradients(Model* m, uint64_t seed, int real_vocab) {
+    int N = m->B * m->T;
+    for (int micro = 0; micro < m->micro_steps; micro++) {
+        fill_batch(m, N, real_vocab, seed + micro);
+        micro_step(m, micro, 1.0f / (float)m->cfg->batch_tokens);
+    }
+}
+
+static double rms(const double* x, size_t n) { return sqrt(oracle_norm(x, n) * oracle_norm(x, n) / (double)n); }
+
+// fp32: products of K <= 512 terms and a depth of ten operations leave about 2^-24 sqrt(512) 10 = 1e-5 of the rms.
+// bf16: every stored tensor rounds by up to 2^-9 of its value; ten of them in a row, uncorrelated, give 1e-2 of
+// error relative to the gradient's rms, several times that where terms cancel (a scalar's gradient is one sum of
+// products of both signs), and six times more at the worst element. The loss moves with the logits, which reach
+// 10 here (the tied head sees its own row): 2^-9 x 10.
+static void test_gradients(const char* recipe, int oracle_recipe, const char* const* flags) {
+    model_build(&model, make_settings(recipe, flags));
+    model_start(&model);
+    randomize(&model, 11);
+    int V = model.V, C = model.C, N = model.B * model.T;
+    OracleModel oracle;
+    oracle_model_init(&oracle, oracle_recipe, V, C, model.H, model.L, true);
+    // The oracle has one eps; the recipes' 2^-7 against 2^-23 is a setting, tested in the kernels.
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
+            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+            size_t n = (size_t)bank->rows * bank->cols;
+            float* value = test_floats(n);
+            param_read(&model, value, (ParamId)id, layer);
+            double* w = oracle_weight(&oracle, PARAM_TABLE[id].name, layer);
+            for (size_t i = 0; i < n; i++) w[i] = value[i];
+            free(value);
+        }
+    }
+    compute_gradients(&model, 5, V);
+    StepStats stats = step_stats(&model);
+    double loss = oracle_model_forward_backward(&oracle, model.tokens_host, model.targets_host, model.B, model.T);
+    char name[128];
+    double loss_tolerance = FLOATX_IS_BF16 ? 2e-2 : 2e-6, max_tolerance = FLOATX_IS_BF16 ? 0.25 : 5e-4,
+           rms_tolerance = FLOATX_IS_BF16 ? 4e-2 : 2e-5;
+    snprintf(name, sizeof name, "%s loss", recipe);
+    test_check(name, fabs(stats.loss - loss), loss_tolerance);
+    double norm2 = 0;
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
+            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+            size_t n = (size_t)bank->rows * bank->cols;
+            float* got = test_floats(n);
+            tensor_read(&model, got, grad(&model, (ParamId)id, layer), (ParamId)id);
+            const double* want = oracle_grad(&oracle, PARAM_TABLE[id].name, layer);
+            double worst = 0, sum = 0, scale = rms(want, n);
+            for (size_t i = 0; i < n; i++) {
+                double e = fabs(got[i] - want[i]);
+                if (!(e <= worst)) worst = e;
+                sum += e * e;
+                norm2 += want[i] * want[i];
+            }
+            char tensor[64];
+            param_name(tensor, sizeof tensor, (ParamId)id, layer);
+            snprintf(name, sizeof name, "%s d %s, largest", recipe, tensor);
+            // layer 0 mixes its values with themselves: that gradient is exactly zero
+            if (scale == 0) test_true(name, worst == 0);
+            else test_check(name, worst / scale, max_tolerance);
+            snprintf(name, sizeof name, "%s d %s, rms", recipe, tensor);
+            double allowed = FLOATX_IS_BF16 && bank->kind == SCALAR ? 0.15 : rms_tolerance;
+            if (scale != 0) test_check(name, sqrt(sum / n) / scale, allowed);
+            free(got);
+        }
+    }
+    snprintf(name, sizeof name, "%s gradient norm", recipe);
+    test_check(name, fabs(stats.grad_norm / sqrt(norm2) - 1), rms_tolerance);
+    (void)N;
+    oracle_model_free(&oracle);
+    model_end(&model);
+}
+
+static const char* const TINY[] = {"--layers", "4", "--heads", "2", "--channels", "64", "--vocab", "96", "--seq-len", "37",
+                                   "--micro-batch", "2", "--batch-tokens", "74", "--norm-eps", "1.1920929e-7",
+                                   "--qk-norm-eps", "1.1920929e-7", "--bf16-tables", "0", NULL};
+static const char* const WIDE[] = {"--layers", "2", "--heads", "1", "--channels", "128", "--vocab", "64", "--seq-len", "70",
+                                   "--micro-batch", "1", "--batch-tokens", "70", "--norm-eps", "1.1920929e-7",
+                                   "--qk-norm-eps", "1.1920929e-7", "--bf16-tables", "0", NULL};
+static const char* const ODD[] = {"--layers", "2", "--heads", "3", "--channels", "96", "--vocab", "72", "--seq-len", "5",
+                                  "--micro-batch", "3", "--batch-tokens", "15", "--norm-eps", "1.1920929e-7",
+                                  "--qk-norm-eps", "1.1920929e-7", "--bf16-tables", "0", NULL};
+
+// ---- properties of a step ------------------------------------------------------------------
+
+typedef struct Snapshot { float* x; size_t n; double loss; } Snapshot;
+
+static const char* const SMALL[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "24",
+                                    "--batch-tokens", "192", "--steps", "40", NULL};
+
+// Parameters after `steps` steps from the recipe's own start, on batches that do not depend on the micro-batch.
+static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool gradients) {
+    char text[16];
+    snprintf(text, sizeof text, "%d", micro_batch);
+    const char* flags[32];
+    int n = 0;
+    for (; SMALL[n]; n++) flags[n] = SMALL[n];
+    flags[n++] = "--micro-batch", flags[n++] = text, flags[n] = NULL;
+    model_build(&model, make_settings(recipe, flags));
+    model_start(&model);
+    randomize(&model, 3);
+    Snapshot s = {NULL, 0, 0};
+    int rows = (int)(model.cfg->batch_tokens / model.T), N = model.B * model.T;
+    for (int step = 0; step < steps; step++) {
+        int* tokens = (int*)host_alloc((size_t)rows * model.T + 1, sizeof(int));
+        test_fill_tokens(tokens, (size_t)rows * model.T + 1, 77 + step, 257);
+        for (int micro = 0; micro < model.micro_steps; micro++) {
+            batch_wait(&model);
+            memcpy(model.tokens_host, tokens + micro * N, N * sizeof(int));
+            memcpy(model.targets_host, tokens + micro * N + 1, N * sizeof(int));
+            micro_step(&model, micro, 1.0f / (float)model.cfg->batch_tokens);
+        }
+        s.loss = step_stats(&model).loss;
+        if (!gradients) update(&model, step + 1, schedule_at(model.cfg, step));
+        free(tokens);
+    }
+    for (int b = 0; b < BANKS; b++) s.n += model.banks[b].n;
+    s.x = test_floats(s.n);
+    size_t at = 0;
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &model.banks[b];
+        if (bank->n == 0) continue;
+        if (gradients || bank->master) {
+            float* from = gradients ? bank->g : bank->master;
+            CUDA_CHECK(cudaMemcpy(s.x + at, from, bank->n * sizeof(float), cudaMemcpyDeviceToHost));
+        } else {
+            CUDA_CHECK(cudaMemcpy(s.x + at, bank->p, bank->n * sizeof(floatX), cudaMemcpyDeviceToHost));
+        }
+        at += bank->n;
+    }
+    model_end(&model);
+    return s;
+}
+
+static double snapshot_distance(const Snapshot* a, const Snapshot* b) {
+    double error = 0, scale = 0;
+    for (size_t i = 0; i < a->n; i++) {
+        error += (double)(a->x[i] - b->x[i]) * (a->x[i] - b->x[i]);
+        scale += (double)b->x[i] * b->x[i];
+    }
+    return sqrt(error / scale);
+}
+
+static void test_accumulation(const char* recipe) {
+    char name[64];
+    Snapshot whole = run_steps(recipe, 8, 1, true);
+    for (int micro_batch = 4; micro_batch >= 1; micro_batch /= 2) {
+        Snapshot part = run_steps(recipe, micro_batch, 1, true);
+        // Only the order of fp32 sums differs: over 8 sequences, about 2^-24 sqrt(192). In bf16 nothing else is
+        // rounded differently either, but the loss weights of a row are equal, so the same bound holds.
+        snprintf(name, sizeof name, "%s micro-batch %d against 8: gradients", recipe, micro_batch);
+        test_check(name, snapshot_distance(&part, &whole), 2e-6);
+        snprintf(name, sizeof name, "%s micro-batch %d against 8: loss", recipe, micro_batch);
+        test_check(name, fabs(part.loss - whole.loss), 1e-6);
+        free(part.x);
+    }
+    free(whole.x);
+}
+
+static void test_repeat(const char* recipe) {
+    char name[64];
+    Snapshot a = run_steps(recipe, 4, 3, false), b = run_steps(recipe, 4, 3, false);
+    snprintf(name, sizeof name, "%s: three steps twice", recipe);
+    test_same_bits(name, a.x, b.x, a.n * sizeof(float));
+    free(b.x);
+#ifndef __CUDACC__
+    for (int threads = 1; threads <= 2; threads++) {
+        host_set_threads(threads);
+        b = run_steps(recipe, 4, 3, false);
+        snprintf(name, sizeof name, "%s: three steps on %d threads", recipe, threads);
+        test_same_bits(name, a.x, b.x, a.n * sizeof(float));
+        free(b.x);
+    }
+#endif
+    free(a.x);
+}
+
+static void test_overfit(const char* recipe, const char* optimizer) {
+    const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "32", "--micro-batch",
+                           "2", "--batch-tokens", "64", "--steps", "60", "--optimizer", optimizer, "--adamw-lr", "0.003", NULL};
+    model_build(&model, make_settings(recipe, flags));
+    model_start(&model);
+    double loss = INFINITY;
+    for (int step = 0; step < 60; step++) {
+        fill_batch(&model, 64, 257, 9);
+        micro_step(&model, 0, 1.0f / 64);
+        loss = step_stats(&model).loss;
+        update(&model, step + 1, schedule_at(model.cfg, step));
+    }
+    char name[64];
+    snprintf(name, sizeof name, "%s, %s: loss on one batch after 60 steps", recipe, optimizer);
+    test_check(name, loss, 0.5);                   // it starts at ln 320 = 5.77 or above
+    model_end(&model);
+}
+
+// ---- files, evaluation, divergence ---------------------------------------------------------
+
+static void test_file(const char* recipe) {
+    const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "16",
+                           "--micro-batch", "2", "--batch-tokens", "32", NULL};
+    char path[] = "/tmp/test_model_XXXXXX", name[128];
+    int fd = mkstemp(path);
+    REQUIRE(fd >= 0, "cannot make a file in /tmp: %s", strerror(errno));
+    close(fd);
+    model_build(&model, make_settings(recipe, flags));
+    model_start(&model);
+    randomize(&model, 21);
+    weights_save(&model, path, 7);
+    Snapshot before = {NULL, 0, 0};
+    float* q = test_floats(64 * 256);
+    param_read(&model, q, MLP_PROJ, 1);
+    SafeFile file;
+    safetensors_open(&file, path);
+    const float* stored = (const float*)safetensors_data(&file, "h.1.mlp.c_proj.weight", SAFE_F32, 64 * 256);
+    snprintf(name, sizeof name, "%s: the stored tensor is the parameter", recipe);
+    test_same_bits(name, stored, q, 64 * 256 * sizeof(float));
+    const SafeTensor* t = safetensors_find(&file, "h.1.mlp.c_proj.weight");
+    test_true("stored as (out, in)", t->dims == 2 && t->shape[0] == 64 && t->shape[1] == 256);
+    test_true("metadata has the step", !strcmp(safetensors_metadata(&file, "step"), "7"));
+    test_true("metadata has the flags", strstr(safetensors_metadata(&file, "flags"), "\"channels\":64") != NULL);
+    safetensors_close(&file);
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
+            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+            before.n += (size_t)bank->rows * bank->cols;
+        }
+    }
+    before.x = test_floats(before.n);
+    float* after = test_floats(before.n);
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1) {
+            randomize(&model, 99);
+            weights_load(&model, path);
+        }
+        size_t at = 0;
+        for (int id = 0; id < PARAMS; id++) {
+            for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
+                const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+                param_read(&model, (pass ? after : before.x) + at, (ParamId)id, layer);
+                at += (size_t)bank->rows * bank->cols;
+            }
+        }
+    }
+    snprintf(name, sizeof name, "%s: saved and loaded", recipe);
+    test_same_bits(name, before.x, after, before.n * sizeof(float));
+    free(q), free(before.x), free(after);
+    unlink(path);
+    model_end(&model);
+}
+
+static void write_shard(const char* path, int tokens, uint64_t seed) {
+    FILE* f = fopen(path, "wb");
+    int32_t header[256] = {20240520, 1, tokens};
+    fwrite(header, sizeof header, 1, f);
+    for (int i = 0; i < tokens; i++) {
+        uint16_t token = (uint16_t)(test_random(seed, i) % 257);
+        fwrite(&token, sizeof token, 1, f);
+    }
+    fclose(f);
+}
+
+static void test_evaluation(void) {
+    char path[64];
+    snprintf(path, sizeof path, "/tmp/test_model_%d_val.bin", (int)getpid());
+    write_shard(path, 1000, 4);
+    double loss[3];
+    const char* micro[] = {"1", "3", "8"};
+    for (int i = 0; i < 3; i++) {
+        const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "24",
+                               "--micro-batch", micro[i], "--batch-tokens", "576", NULL};
+        model_build(&model, make_settings("modern", flags));
+        model_start(&model);
+        randomize(&model, 3);
+        ValLoader val;
+        val_open(&val, path, 777, model.B, model.T, 0, 1, model.V);      // 777 is no multiple of 24
+        test_true("as many predictions as asked for", val.predictions == 777);
+        loss[i] = evaluate(&model, &val);
+        val_close(&val);
+        model_end(&model);
+    }
+    test_check("micro-batch 3 against 1", fabs(loss[1] - loss[0]), 1e-6);
+    test_check("micro-batch 8 against 1", fabs(loss[2] - loss[0]), 1e-6);
+    unlink(path);
+}
+
+static void test_not_finite(void) {
+    const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "16",
+                           "--micro-batch", "2", "--batch-tokens", "32", NULL};
+    model_build(&model, make_settings("unet", flags));
+    model_start(&model);
+    randomize(&model, 3);
+    fill_batch(&model, 32, 257, 1);
+    micro_step(&model, 0, 1.0f / 32);
+    test_true("finite weights, finite step", step_stats(&model).finite);
+    float* w = test_floats(64 * 64);
+    param_read(&model, w, ATTN_K, 1);
+    w[17] = NAN;
+    param_write(&model, w, ATTN_K, 1);
+    fill_batch(&model, 32, 257, 1);
+    micro_step(&model, 0, 1.0f / 32);
+    test_true("one NaN weight is noticed", !step_stats(&model).finite);
+    free(w);
+    model_end(&model);
+}
+
+// The start: the distributions that the recipes ask for, and zero where they ask for zero.
+static void test_start(void) {
+    const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "128", "--vocab", "512", "--seq-len", "16",
+                           "--micro-batch", "2", "--batch-tokens", "32", NULL};
+    const char* recipes[] = {"modern", "unet"};
+    for (int r = 0; r < 2; r++) {
+        model_build(&model, make_settings(recipes[r], flags));
+        model_start(&model);
+        float* x = test_floats(512 * 128);
+        double sum = 0, squares = 0, bound = 1 / sqrt(128.0), largest = 0;
+        param_read(&model, x, ATTN_Q, 1);
+        for (int i = 0; i < 128 * 128; i++) {
+            sum += x[i], squares += (double)x[i] * x[i];
+            if (fabs(x[i]) > largest) largest = fabs(x[i]);
+        }
+        // 16384 draws: the mean's own spread is bound / sqrt(3 * 16384), five of them allowed
+        test_check("uniform: mean", fabs(sum / 16384), 5 * bound / sqrt(3 * 16384.0));
+        test_check("uniform: variance", fabs(squares / 16384 / (bound * bound / 3) - 1), 5 * sqrt(0.8 / 16384));
+        test_true("uniform: bound", largest <= bound && largest > 0.99 * bound);
+        param_read(&model, x, MLP_PROJ, 0);
+        double zero = 0;
+        for (int i = 0; i < 128 * 512; i++) zero += fabs(x[i]);
+        test_true("down projection starts at zero", zero == 0);
+        param_read(&model, x, WTE, 0);
+        squares = 0;
+        for (int i = 0; i < 512 * 128; i++) squares += (double)x[i] * x[i];
+        double want = r == 0 ? bound * bound / 3 : 1;
+        test_check("table: variance", fabs(squares / 65536 / want - 1), 5 * sqrt(2.0 / 65536));
+        bool representable = true;
+        for (int i = 0; i < 512 * 128; i++) representable &= (double)x[i] == oracle_round_bf16(x[i]);
+        test_true("table in bf16 where the recipe says so", representable == (r == 1));
+        free(x);
+        model_end(&model);
+    }
+}
+
+int main(int argc, char** argv) {
+    program_name = "test_model";
+    test_init(argc, argv);
+    if (test_group("init")) test_start();
+    if (test_group("gradients tiny")) {
+        test_gradients("modern", ORACLE_MODERN, TINY);
+        test_gradients("untied", ORACLE_UNTIED, TINY);
+        test_gradients("unet", ORACLE_UNET, TINY);
+    }
+    if (test_group("gradients wide")) {
+        test_gradients("modern", ORACLE_MODERN, WIDE);
+        test_gradients("untied", ORACLE_UNTIED, WIDE);
+        test_gradients("unet", ORACLE_UNET, WIDE);
+    }
+    if (test_group("gradients odd")) {
+        test_gradients("modern", ORACLE_MODERN, ODD);
+        test_gradients("unet", ORACLE_UNET, ODD);
+    }
+    if (test_group("accumulation")) {
+        test_accumulation("modern");
+        test_accumulation("unet");
+    }
+    if (test_group("repeat")) {
+        test_repeat("modern");
+        test_repeat("unet");
+    }
+    if (test_group("overfit")) {
+        test_overfit("modern", "muon");
+        test_overfit("untied", "muon");
+        test_overfit("unet", "muon");
+        test_overfit("modern", "adamw");
+    }
+    if (test_group("file")) {
+        test_file("modern");
+        test_file("unet");
+    }
+    if (test_group("evaluation")) test_evaluation();
+    if (test_group("not finite")) test_not_finite();
+    return test_summary();
+}

@@ -1,0 +1,1681 @@
+/*
+Everything that is not a kernel: flags, recipes, schedules, loader, safetensors, log, random
+numbers, sampler and the two tools of dev/. No GPU and no host layer; compiled as C++ by the
+Makefile.
+
+    test_services [part of a group's name] [--verbose]
+
+What must end the program is run in a child, whose exit status and message are looked at. Run from
+the repository's root: the recipes are read from scripts/recipes.
+*/
+#define main text_to_shards_main
+#include "../dev/text_to_shards.c"
+#undef main
+#define main plot_loss_main
+#include "../dev/plot_loss.c"
+#undef main
+#include "../llmc/log.h"
+#include "../llmc/schedule.h"
+#include "../llmc/safetensors.h"
+#include "test.h"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <signal.h>
+
+static char folder[256];        // of this run's files; removed at the end
+
+// ---- children ------------------------------------------------------------------------------
+
+typedef struct Child {
+    int status;                 // of exit; -1: killed
+    char out[65536], err[16384];
+} Child;
+
+static void child_read(char* text, size_t size, FILE* file) {
+    rewind(file);
+    text[fread(text, 1, size - 1, file)] = 0;
+    fclose(file);
+}
+
+// Runs f(argument) in a copy of this process and catches what it prints.
+static const Child* child_run(void (*f)(void*), void* argument) {
+    static Child child;
+    FILE *out = tmpfile(), *err = tmpfile();
+    REQUIRE(out && err, "no temporary file: %s", strerror(errno));
+    fflush(stdout);
+    pid_t pid = fork();
+    REQUIRE(pid >= 0, "fork: %s", strerror(errno));
+    if (pid == 0) {
+        dup2(fileno(out), STDOUT_FILENO);
+        dup2(fileno(err), STDERR_FILENO);
+        f(argument);
+        fflush(stdout);
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(pid, &status, 0);
+    child.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    child_read(child.out, sizeof child.out, out);
+    child_read(child.err, sizeof child.err, err);
+    return &child;
+}
+
+// The child must end with status 1 and a message that holds every given part.
+static void expect_death(const char* what, void (*f)(void*), void* argument, const char* part1,
+                         const char* part2) {
+    const Child* c = child_run(f, argument);
+    bool ok = c->status == 1 && strstr(c->err, part1) && (!part2 || strstr(c->err, part2));
+    if (!test_true(what, ok)) printf("      status %d, message: %s", c->status, c->err);
+}
+
+// ---- files ---------------------------------------------------------------------------------
+
+static const char* path_of(const char* name) {
+    static char paths[8][512];
+    static int turn;
+    char* path = paths[turn++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
+    return path;
+}
+
+static void write_file(const char* path, const void* bytes, size_t n) {
+    FILE* file = fopen(path, "wb");
+    REQUIRE(file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0, "%s: %s", path,
+            strerror(errno));
+}
+
+// The whole file, ended by a 0 that does not count.
+static char* read_file(const char* path, size_t* n) {
+    FILE* file = fopen(path, "rb");
+    REQUIRE(file, "%s: %s", path, strerror(errno));
+    fseek(file, 0, SEEK_END);
+    size_t size = (size_t)ftell(file);
+    rewind(file);
+    char* bytes = (char*)test_calloc(size + 1, 1);
+    REQUIRE(fread(bytes, 1, size, file) == size, "%s: cannot be read", path);
+    fclose(file);
+    if (n) *n = size;
+    return bytes;
+}
+
+static void write_shard(const char* path, const uint16_t* tokens, int32_t n) {
+    int32_t header[256] = { 20240520, 1, n };
+    FILE* file = fopen(path, "wb");
+    REQUIRE(file, "%s: %s", path, strerror(errno));
+    fwrite(header, sizeof header, 1, file);
+    fwrite(tokens, 2, (size_t)n, file);
+    fclose(file);
+}
+
+// ---- a JSON reader that only says yes or no ------------------------------------------------
+
+static const char* json_skip(const char* s) {
+    while (*s == ' ' || *s == '\n') s++;
+    return s;
+}
+
+static const char* json_value(const char* s);
+
+static const char* json_text(const char* s) {
+    if (*s != '"') return NULL;
+    for (s++; *s && *s != '"'; s++) {
+        if ((unsigned char)*s < 0x20) return NULL;
+        if (*s == '\\' && !strchr("\"\\/bfnrtu", *++s)) return NULL;
+    }
+    return *s ? s + 1 : NULL;
+}
+
+static const char* json_list(const char* s, char close, bool keys) {
+    s = json_skip(s + 1);
+    if (*s == close) return s + 1;
+    for (;;) {
+        if (keys) {
+            s = json_text(json_skip(s));
+            if (!s || *(s = json_skip(s)) != ':') return NULL;
+            s++;
+        }
+        s = json_value(json_skip(s));
+        if (!s) return NULL;
+        s = json_skip(s);
+        if (*s == close) return s + 1;
+        if (*s++ != ',') return NULL;
+    }
+}
+
+static const char* json_value(const char* s) {
+    static const char* const WORDS[] = { "true", "false", "null" };
+    if (*s == '{') return json_list(s, '}', true);
+    if (*s == '[') return json_list(s, ']', false);
+    if (*s == '"') return json_text(s);
+    for (int i = 0; i < 3; i++) {
+        if (strncmp(s, WORDS[i], strlen(WORDS[i])) == 0) return s + strlen(WORDS[i]);
+    }
+    if (!(*s == '-' || (*s >= '0' && *s <= '9'))) return NULL;    // nan and inf end here
+    char* end;
+    strtod(s, &end);
+    return end;
+}
+
+static bool json_is_valid(const char* s) {
+    const char* end = json_value(json_skip(s));
+    return end && *json_skip(end) == 0;
+}
+
+// ---- common --------------------------------------------------------------------------------
+
+static void die_two_lines(void* unused) {
+    (void)unused;
+    program_name = "prog";
+    die("a is %d\ntry %s", 3, "b");
+}
+
+static void require_false(void* value) {
+    REQUIRE(*(int*)value == 4, "wanted 4, got %d", *(int*)value);
+}
+
+static void test_common(void) {
+    const Child* c = child_run(die_two_lines, NULL);
+    test_true("die: status 1", c->status == 1);
+    test_true("die: the second line stands below the first",
+              strcmp(c->err, "prog: a is 3\n      try b\n") == 0);
+    int three = 3, four = 4;
+    expect_death("REQUIRE that fails", require_false, &three, "wanted 4, got 3", NULL);
+    test_true("REQUIRE that holds", child_run(require_false, &four)->status == 0);
+    test_true("ceil_div", ceil_div(7, 8) == 1 && ceil_div(8, 8) == 1 && ceil_div(9, 8) == 2 &&
+                              ceil_div(0, 8) == 0);
+
+    char text[64];
+    static const double REALS[] = { 0,         1,    10000, 0.1,  1.1920929e-07,
+                                    0.0078125, 1e-8, 1e30,  -2.5, 1.0 / 3 };
+    for (size_t i = 0; i < sizeof REALS / sizeof *REALS; i++) {
+        test_true("real_text reads back",
+                  strtod(real_text(text, sizeof text, REALS[i]), NULL) == REALS[i]);
+    }
+    test_true("real_text is short", strcmp(real_text(text, sizeof text, 0.1), "0.1") == 0 &&
+              strcmp(real_text(text, sizeof text, 10000), "10000") == 0);
+
+    static const struct { const char *in, *out;
+    } STRINGS[] = { { "plain", "\"plain\"" },
+                    { "a\"b\\c", "\"a\\\"b\\\\c\"" },
+                    { "\n\x01\x7f", "\"\\u000a\\u0001\\u007f\"" },
+                    { "\xc3\xa9", "\"\xc3\xa9\"" },
+                    { "\xc3", "\"\\ufffd\"" },
+                    { "\xff"
+                      "a",
+                      "\"\\ufffda\"" },
+                    { "\xe2\x82", "\"\\ufffd\\ufffd\"" },
+                    { "\xf0\x9f\x98\x80", "\"\xf0\x9f\x98\x80\"" },
+                    { "\xc3\xc3", "\"\\ufffd\\ufffd\"" },
+                    { "\xc0\x80", "\"\\ufffd\\ufffd\"" },
+                    { "\xed\xa0\x80", "\"\\ufffd\\ufffd\\ufffd\"" } };
+    for (size_t i = 0; i < sizeof STRINGS / sizeof *STRINGS; i++) {
+        char* made;
+        size_t n;
+        FILE* out = open_memstream(&made, &n);
+        json_string(out, STRINGS[i].in, strlen(STRINGS[i].in));
+        fclose(out);
+        if (!test_true("json_string", strcmp(made, STRINGS[i].out) == 0))
+            printf("      %s\n", made);
+        free(made);
+    }
+}
+
+// ---- flags ---------------------------------------------------------------------------------
+
+// Words of a command line, separated by single spaces; _ stands for an empty word.
+static void parse_words(Settings* s, const char* words) {
+    static char store[8192];
+    static char* argv[128];
+    int argc = 1;
+    snprintf(store, sizeof store, "%s", words);
+    argv[0] = store + strlen(store);
+    for (char* word = strtok(store, " "); word; word = strtok(NULL, " ")) {
+        argv[argc++] = strcmp(word, "_") == 0 ? store + strlen(words) : word;
+    }
+    argv[argc] = NULL;
+    settings_parse(s, argc, argv);
+}
+
+static void parse_and_check(void* words) {
+    static Settings s;
+    parse_words(&s, (const char*)words);
+    settings_check(&s, 1);
+}
+
+static void check_two_ranks(void* words) {
+    static Settings s;
+    parse_words(&s, (const char*)words);
+    settings_check(&s, 2);
+}
+
+static void test_flags(void) {
+    static Settings s, t;
+    parse_words(&s, "--steps 7 --out=x/y --muon-lr 0.5 --softcap=sigmoid --dry-run --val-tokens 0");
+    test_true("values of every kind", s.steps == 7 && strcmp(s.out, "x/y") == 0 &&
+                                          s.muon_lr == 0.5 && s.softcap == FLAG_SOFTCAP_SIGMOID &&
+                                          s.dry_run == 1 && s.val_tokens == 0);
+    settings_defaults(&t);
+    t.steps = 7;
+    snprintf(t.out, sizeof t.out, "x/y");
+    t.muon_lr = 0.5;
+    t.softcap = FLAG_SOFTCAP_SIGMOID;
+    t.dry_run = 1;
+    t.val_tokens = 0;
+    test_true("what is not given keeps its default", memcmp(&s, &t, sizeof s) == 0);
+    test_true("softcap words count as in loss.cuh",
+              FLAG_SOFTCAP_NONE == 0 && FLAG_SOFTCAP_TANH == 1 && FLAG_SOFTCAP_SIGMOID == 2);
+
+    static const struct { const char *words, *part1, *part2;
+    } ERRORS[] = {
+        { "--stepz 3", "no flag --stepz; the nearest is --steps", "--help lists them" },
+        { "--batch-token 3", "the nearest is --batch-tokens", NULL },
+        { "--batch_tokens 3", "no flag --batch_tokens; the nearest is --batch-tokens", NULL },
+        { "--group 3", "no flag --group", NULL },
+        { "--zzzzzzzzzzzzzzzzzzzzzz 1", "no flag --zzzzzzzzzzzzzzzzzzzzzz\n", NULL },
+        { "steps 3", "expected a flag, found 'steps'", NULL },
+        { "-s 3", "expected a flag, found '-s'", NULL },
+        { "--", "expected a flag, found '--'", NULL },
+        { "--steps", "--steps wants a value", NULL },
+        { "--steps --seed 1", "--steps wants a value, found the flag --seed", NULL },
+        { "--steps _", "--steps wants an integer, got ''", NULL },
+        { "--steps=", "--steps wants an integer, got ''", NULL },
+        { "--steps twelve", "--steps wants an integer, got 'twelve'", NULL },
+        { "--steps 12x", "--steps wants an integer, got '12x'", NULL },
+        { "--steps 1.5", "--steps wants an integer, got '1.5'", NULL },
+        { "--steps 0", "--steps must be from 1 to 1000000000 steps, got 0", NULL },
+        { "--steps -5", "--steps must be from 1 ", "got -5" },
+        { "--steps 99999999999999999999", "--steps must be from 1 ", "got 99999999999999999999" },
+        { "--seed 9007199254740992", "--seed must be from 0 to 9007199254740991, got", NULL },
+        { "--muon-lr fast", "--muon-lr wants a number, got 'fast'", NULL },
+        { "--muon-lr 0.1f", "--muon-lr wants a number, got '0.1f'", NULL },
+        { "--muon-lr nan", "--muon-lr must be from 0 to 100, got nan", NULL },
+        { "--muon-lr inf", "--muon-lr must be from 0 to 100, got inf", NULL },
+        { "--muon-lr -1", "--muon-lr must be from 0 to 100, got -1", NULL },
+        { "--adam-beta1 1", "--adam-beta1 must be from 0 to 0.999999, got 1", NULL },
+        { "--optimizer sgd", "--optimizer must be one of muon|adamw, got 'sgd'", NULL },
+        { "--optimizer muo", "--optimizer must be one of muon|adamw, got 'muo'", NULL },
+        { "--optimizer muonx", "--optimizer must be one of muon|adamw, got 'muonx'", NULL },
+        { "--skips 2", "--skips must be from 0 to 1, got 2", NULL },
+        { "--steps 3 --steps 3", "--steps is given twice", NULL },
+        { "--dry-run=2", "--dry-run must be from 0 to 1, got 2", NULL },
+        { "--dry-run 1", "expected a flag, found '1'", NULL },
+        { "--recipe nosuch", "no recipe 'nosuch'", "modern, untied, unet" },
+        { "--recipe no/such.cfg", "--recipe: cannot open no/such.cfg: No such file", NULL },
+        { "--batch-tokens 500000",
+          "--batch-tokens 500000 is not a multiple of 1 rank x --micro-batch 64 x "
+          "--seq-len 1024 = 65536 tokens",
+          "nearest that fit: 458752 and 524288" },
+        { "--batch-tokens 100", "nearest that fit: 65536; or", NULL },
+        { "--micro-batch 100000 --seq-len 100000",
+          "--micro-batch 100000 x --seq-len 100000 tokens is more", NULL },
+        { "--channels 768 --heads 5", "--channels 768 is not a multiple of --heads 5",
+          "nearest that fit: 765 and 770" },
+        { "--channels 768 --heads 4", "is a head of 192 channels; it must be 32, 64 or 128",
+          "--heads 6 (heads of 128)" },
+        { "--channels 100 --heads 2", "is a head of 50 channels", "multiples of 32" },
+        { "--vocab 50257", "--vocab 50257 is not a multiple of 8",
+          "nearest that fit: 50256 and 50264" },
+        { "--layers 3 --skips 1", "--skips 1 pairs the layers, but --layers 3 is odd", "2 and 4" },
+        { "--val x", "--train is missing", "text_to_shards" },
+        { "--train x", "--val is missing", "text_to_shards" }
+    };
+    for (size_t i = 0; i < sizeof ERRORS / sizeof *ERRORS; i++) {
+        expect_death(ERRORS[i].words, parse_and_check, (void*)ERRORS[i].words, ERRORS[i].part1,
+                     ERRORS[i].part2);
+    }
+    expect_death("ranks count in the batch", check_two_ranks, (void*)"--batch-tokens 65536",
+                 "2 ranks x --micro-batch 64 x --seq-len 1024 = 131072",
+                 "nearest that fit: 131072;");
+    static const char* const FINE[] = { "--train x --val y", "--dry-run", "--load m.safetensors",
+                                        "--dry-run --layers 3",
+                                        "--dry-run --channels 64 --heads 2" };
+    for (size_t i = 0; i < sizeof FINE / sizeof *FINE; i++) {
+        const Child* c = child_run(parse_and_check, (void*)FINE[i]);
+        if (!test_true(FINE[i], c->status == 0 && !*c->err)) printf("      %s", c->err);
+    }
+    static char text[1200];
+    memset(text, 'x', sizeof text);
+    memcpy(text, "--out ", 6);
+    text[6 + 1024] = 0;
+    expect_death("a text that is too long", parse_and_check, text,
+                 "--out takes at most 1023 bytes, got 1024", NULL);
+}
+
+static void test_help(void) {
+    const Child* c = child_run(parse_and_check, (void*)"--help");
+    test_true("help: status 0, nothing on stderr", c->status == 0 && !*c->err);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        char line[2048], spelling[64];
+        if (f->kind == FLAG_GROUP) snprintf(line, sizeof line, "\n%s\n", f->what);
+        else snprintf(line, sizeof line, "\n  --%s", flag_spelling(spelling, sizeof spelling, f));
+        test_true(line + 1, strstr(c->out, line) && strstr(c->out, f->what));
+    }
+    test_true("help: defaults with their units", strstr(c->out, "[5100 steps]") &&
+                                                     strstr(c->out, "[0.00036]") &&
+                                                     strstr(c->out, "[rotate-first]"));
+    test_true("help wins over what is wrong elsewhere",
+              child_run(parse_and_check, (void*)"--help --steps x")->status == 0);
+}
+
+static void test_table(void) {
+    static Settings s, t;
+    char* text;
+    size_t n;
+    parse_words(&s, "--muon-lr 0.03 --steps 1600 --out a\"b");
+    FILE* out = open_memstream(&text, &n);
+    settings_print(out, &s);
+    fclose(out);
+    test_true("a star at what differs",
+              strstr(text, "  steps                              1600 steps   *\n") &&
+                  strstr(text, "  muon-lr                            0.03         *\n"));
+    test_true("no star at the rest",
+              strstr(text, "  seq-len                            1024 tokens\n"));
+    free(text);
+    out = open_memstream(&text, &n);
+    settings_json(out, &s);
+    fclose(out);
+    test_true("the settings as JSON", json_is_valid(text) && strstr(text, "\"muon_lr\":0.03,") &&
+              strstr(text, "\"out\":\"a\\\"b\"") && strstr(text, "\"optimizer\":\"muon\""));
+    free(text);
+
+    // Every flag away from its default, through settings_text and back.
+    settings_defaults(&s);
+    for (int i = 0; i < FLAG_COUNT; i++) {
+        const Flag* f = &FLAG_TABLE[i];
+        if (f->kind == FLAG_INT)
+            *flag_int(f, &s) = *flag_int(f, &s) == (int64_t)f->low ? (int64_t)f->high
+                                                                   : (int64_t)f->low;
+        if (f->kind == FLAG_REAL) *flag_real(f, &s) = f->low + (f->high - f->low) / 3;
+        if (f->kind == FLAG_CHOICE) *flag_choice(f, &s) = 1;
+        if (f->kind == FLAG_TEXT && strcmp(f->name, "recipe") != 0)
+            snprintf(flag_text(f, &s), TEXT_SIZE, "dir/%s#1 x", f->name);
+    }
+    static char recipe[16384];
+    settings_text(recipe, sizeof recipe, &s);
+    write_file(path_of("all.cfg"), recipe, strlen(recipe));
+    char words[600];
+    snprintf(words, sizeof words, "--recipe %s", path_of("all.cfg"));
+    parse_words(&t, words);
+    memcpy(s.recipe, t.recipe, sizeof s.recipe);
+    test_true("settings_text is a recipe that reads back", memcmp(&s, &t, sizeof s) == 0);
+}
+
+// ---- recipes -------------------------------------------------------------------------------
+
+static void expect_recipe_error(const char* what, const char* lines, const char* message) {
+    char words[600], wanted[700];
+    const char* path = path_of("bad.cfg");
+    write_file(path, lines, strlen(lines));
+    snprintf(words, sizeof words, "--recipe %s", path);
+    snprintf(wanted, sizeof wanted, "%s:%s", path, message);
+    expect_death(what, parse_and_check, words, wanted, NULL);
+}
+
+// The numbers of the records; cool-down in steps.
+typedef struct Record {
+    const char* name;
+    int64_t steps, cooldown, warmup;
+    int head, init_embed, embed_norm, x0_mix, value_residual, skips, qk_order, softcap, bf16_tables,
+        scale;
+    double norm_eps, qk_norm_eps, muon_lr, embed_lr, head_lr, scalar_lr, momentum_start;
+} Record;
+
+static void test_recipes(void) {
+    static const Record RECORDS[] = { { "modern",
+                                        5100,
+                                        1450,
+                                        0,
+                                        FLAG_HEAD_TIED,
+                                        FLAG_INIT_UNIFORM,
+                                        0,
+                                        0,
+                                        0,
+                                        0,
+                                        FLAG_QK_ROTATE_FIRST,
+                                        FLAG_SOFTCAP_NONE,
+                                        0,
+                                        FLAG_MUON_SCALE_MAX_DIM,
+                                        1.1920929e-07,
+                                        0.0078125,
+                                        0.00036,
+                                        0.0036,
+                                        0,
+                                        0,
+                                        0.95 },
+                                      { "untied",
+                                        4578,
+                                        1308,
+                                        0,
+                                        FLAG_HEAD_UNTIED,
+                                        FLAG_INIT_NORMAL,
+                                        1,
+                                        0,
+                                        0,
+                                        0,
+                                        FLAG_QK_NORM_FIRST,
+                                        FLAG_SOFTCAP_NONE,
+                                        0,
+                                        FLAG_MUON_SCALE_ASPECT,
+                                        1.1920929e-07,
+                                        0.0078125,
+                                        0.02,
+                                        0.3,
+                                        0.002,
+                                        0,
+                                        0.95 },
+                                      { "unet",
+                                        3000,
+                                        900,
+                                        500,
+                                        FLAG_HEAD_UNTIED,
+                                        FLAG_INIT_NORMAL,
+                                        1,
+                                        1,
+                                        1,
+                                        1,
+                                        FLAG_QK_NORM_FIRST,
+                                        FLAG_SOFTCAP_TANH,
+                                        1,
+                                        FLAG_MUON_SCALE_ASPECT,
+                                        0.0078125,
+                                        0.0078125,
+                                        0.04,
+                                        0.6,
+                                        0.008,
+                                        0.04,
+                                        0.85 } };
+    static Settings s, initial;
+    for (int i = 0; i < 3; i++) {
+        const Record* r = &RECORDS[i];
+        char words[64];
+        snprintf(words, sizeof words, "--recipe %s", r->name);
+        parse_words(&s, words);
+        test_true("sizes", s.layers == 12 && s.heads == 6 && s.channels == 768 &&
+                               s.vocab == 50304 && s.seq_len == 1024 && s.batch_tokens == 524288 &&
+                               s.val_tokens == 10485760 && s.val_every == 125 &&
+                               s.steps == r->steps);
+        test_true("data order", s.batching == FLAG_BATCHING_STRIDED && s.data_ranks == 8);
+        test_true("cool-down", schedule_cooldown(&s) == r->cooldown && s.final_lr_frac == 0);
+        test_true("model", s.head == r->head && s.init_embed == r->init_embed &&
+                               s.init_head == FLAG_INIT_HEAD_ZERO &&
+                               s.embed_norm == r->embed_norm && s.x0_mix == r->x0_mix &&
+                               s.value_residual == r->value_residual && s.skips == r->skips &&
+                               s.qk_order == r->qk_order && s.softcap == r->softcap &&
+                               s.bf16_tables == r->bf16_tables && s.rotary_base == 10000 &&
+                               s.rotary_round_bf16 == 1 && s.attn_scale == 0);
+        test_true("eps",
+                  (float)s.norm_eps == (float)r->norm_eps && s.qk_norm_eps == r->qk_norm_eps);
+        test_true("softcap", r->softcap == FLAG_SOFTCAP_NONE || s.softcap_value == 30);
+        test_true("muon", s.optimizer == FLAG_OPTIMIZER_MUON && s.muon_lr == r->muon_lr &&
+                              s.muon_scale == r->scale && s.muon_form == FLAG_MUON_FORM_SUM &&
+                              s.muon_momentum == 0.95 &&
+                              s.muon_momentum_start == r->momentum_start &&
+                              s.muon_momentum_warmup == r->warmup && s.ns_steps == 5);
+        test_true("adam", s.embed_lr == r->embed_lr && (!r->head_lr || s.head_lr == r->head_lr) &&
+                              (!r->scalar_lr || s.scalar_lr == r->scalar_lr) &&
+                              s.adam_beta1 == 0.9 && s.adam_beta2 == 0.95 && s.adam_eps == 1e-8 &&
+                              s.weight_decay == 0);
+        snprintf(words, sizeof words, "--recipe %s --dry-run", r->name);
+        test_true("passes the checks", child_run(parse_and_check, words)->status == 0);
+        if (i > 0) continue;
+        settings_defaults(&initial);
+        initial.batching = FLAG_BATCHING_STRIDED;
+        memcpy(initial.recipe, s.recipe, sizeof s.recipe);
+        test_true("the defaults are `modern`", memcmp(&initial, &s, sizeof s) == 0);
+    }
+    test_true("2^-23 in fp32", (float)1.1920929e-07 == 0x1p-23f);
+
+    parse_words(&s, "--recipe unet --steps 10 --muon-lr 0.5");
+    test_true("a flag behind --recipe wins", s.steps == 10 && s.muon_lr == 0.5 && s.skips == 1);
+    parse_words(&s, "--steps 10 --muon-lr 0.5 --recipe unet");
+    test_true("a flag before --recipe wins", s.steps == 10 && s.muon_lr == 0.5 && s.skips == 1);
+    const char* path = path_of("good.cfg");
+    static const char GOOD[] = "# c\n\n  steps=11 # c\r\nout = a b#c\t# c\nhead =untied";
+    write_file(path, GOOD, sizeof GOOD - 1);
+    char words[600];
+    snprintf(words, sizeof words, "--recipe %s", path);
+    parse_words(&s, words);
+    test_true("spaces, comments, a last line without end",
+              s.steps == 11 && strcmp(s.out, "a b#c") == 0 && s.head == FLAG_HEAD_UNTIED);
+
+    expect_recipe_error("unknown key", "steps = 3\n\nstepz = 4\n",
+                        "3: no flag stepz; the nearest is steps");
+    expect_recipe_error("key with dashes", "--steps = 3\n",
+                        "1: no flag --steps; the nearest is steps");
+    expect_recipe_error("key twice", "seed = 3\nsteps = 1\nseed = 3\n",
+                        "3: seed is given twice, first in line 1");
+    expect_recipe_error("no value", "steps =\n", "1: steps has no value");
+    expect_recipe_error("only a comment as value", "steps = # 5\n", "1: steps has no value");
+    expect_recipe_error("no equals sign", "steps 5\n",
+                        "1: expected `flag = value`, found 'steps 5'");
+    expect_recipe_error("no key", "= 5\n", "1: expected `flag = value`, found '= 5'");
+    expect_recipe_error("junk after a number", "\nval-every = 5 5\n",
+                        "2: val-every wants an integer, got '5 5'");
+    expect_recipe_error("out of range", "layers = 0\n", "1: layers must be from 1 to 1000, got 0");
+    expect_recipe_error("nan", "muon-lr = NaN\n", "1: muon-lr must be from 0 to 100, got NaN");
+    expect_recipe_error("unknown word", "head = big\n",
+                        "1: head must be one of tied|untied, got 'big'");
+    expect_recipe_error("recipe in a recipe", "recipe = unet\n",
+                        "1: recipe belongs on the command line");
+    expect_recipe_error("help in a recipe", "help = 1\n", "1: help belongs on the command line");
+    static char large[4096];
+    memset(large, ' ', sizeof large - 1);
+    expect_recipe_error("a line that is too long", large, "1: the line is longer than");
+}
+
+// ---- schedule ------------------------------------------------------------------------------
+
+static void expect_lr(const char* recipe, int64_t step, double wanted) {
+    static Settings s;
+    char words[64], what[64];
+    snprintf(words, sizeof words, "--recipe %s", recipe);
+    snprintf(what, sizeof what, "%s lr at %" PRId64, recipe, step);
+    parse_words(&s, words);
+    // float holds the quotient to half a unit in the last place
+    test_check(what, fabs((double)schedule_at(&s, step).lr_mult - wanted), 0x1p-25);
+}
+
+static void test_schedule(void) {
+    expect_lr("modern", 0, 1);
+    expect_lr("modern", 3649, 1);
+    expect_lr("modern", 3650, 1);
+    expect_lr("modern", 3651, 1449.0 / 1450);
+    expect_lr("modern", 4375, 725.0 / 1450);
+    expect_lr("modern", 5099, 1.0 / 1450);
+    expect_lr("untied", 3270, 1);
+    expect_lr("untied", 3271, 1307.0 / 1308);
+    expect_lr("untied", 4577, 1.0 / 1308);
+    expect_lr("unet", 2099, 1);
+    expect_lr("unet", 2100, 1);
+    expect_lr("unet", 2101, 899.0 / 900);
+    expect_lr("unet", 2999, 1.0 / 900);
+    expect_lr("unet", 3000, 0);
+
+    static Settings s;
+    parse_words(&s, "--recipe unet");
+    static const struct { int64_t step; double momentum;
+    } MOMENTA[] = { { 0, 0.85 },   { 1, 0.85 + 0.1 / 500 },
+                    { 250, 0.90 }, { 499, 0.85 + 0.1 * 499 / 500 },
+                    { 500, 0.95 }, { 2999, 0.95 } };
+    for (int i = 0; i < 6; i++) {
+        test_check(
+            "unet momentum",
+            fabs((double)schedule_at(&s, MOMENTA[i].step).muon_momentum - MOMENTA[i].momentum),
+            0x1p-25);
+    }
+    parse_words(&s, "--recipe modern");
+    test_true("modern momentum", schedule_at(&s, 0).muon_momentum == 0.95f &&
+                                     schedule_at(&s, 5099).muon_momentum == 0.95f);
+    parse_words(&s, "--recipe modern --steps 20");
+    test_true("a short run keeps the shape",
+              schedule_cooldown(&s) == 6 && schedule_at(&s, 14).lr_mult == 1);
+    test_check("a short run keeps the shape", fabs(schedule_at(&s, 15).lr_mult - 5.0 / 6), 0x1p-25);
+    parse_words(&s, "--steps 10 --cooldown-frac 0.5 --final-lr-frac 0.2");
+    test_check("a floor", fabs(schedule_at(&s, 9).lr_mult - (0.2 + 0.8 / 5)), 0x1p-25);
+    test_check("a floor at the end", fabs(schedule_at(&s, 10).lr_mult - 0.2), 0x1p-25);
+    parse_words(&s, "--steps 10 --cooldown-frac 0 --final-lr-frac 0.2");
+    test_true("no cool-down", schedule_at(&s, 9).lr_mult == 1 && schedule_at(&s, 10).lr_mult == 1);
+    parse_words(&s, "--steps 10 --cooldown-frac 1");
+    test_check("all cool-down", fabs(schedule_at(&s, 1).lr_mult - 0.9), 0x1p-25);
+}
+
+// ---- loader --------------------------------------------------------------------------------
+
+enum { LOADER_VOCAB = 50304, SYNTHETIC = 3 };
+static const int SYNTHETIC_TOKENS[SYNTHETIC] = { 1000, 768,
+                                                 1301 };    // 768: six steps and no token more
+static uint16_t synthetic[SYNTHETIC][1400];
+static uint16_t ring[4000];
+static int64_t ring_tokens;
+
+// Shards whose tokens hardly ever repeat, so that a wrong place is a wrong token.
+static void make_synthetic(void) {
+    ring_tokens = 0;
+    for (int i = 0; i < SYNTHETIC; i++) {
+        char name[32];
+        for (int k = 0; k < SYNTHETIC_TOKENS[i]; k++) {
+            synthetic[i][k] = (uint16_t)((ring_tokens * 16807 + 11) % 50257);
+            ring[ring_tokens++] = synthetic[i][k];
+        }
+        snprintf(name, sizeof name, "syn_%06d.bin", i);
+        write_shard(path_of(name), synthetic[i], SYNTHETIC_TOKENS[i]);
+    }
+}
+
+// The records' loader, one place per rank, as the facts sheet states it. Writes what rank r draws
+// in `steps` steps.
+static void strided_reference(int* inputs, int* targets, int rank, int world, int B, int T,
+                              int steps) {
+    int shard = 0, position = rank * B * T;
+    for (int step = 0; step < steps; step++) {
+        for (int i = 0; i < B * T; i++) {
+            *inputs++ = synthetic[shard][position + i];
+            *targets++ = synthetic[shard][position + i + 1];
+        }
+        position += world * B * T;
+        if (position + world * B * T + 1 > SYNTHETIC_TOKENS[shard]) {
+            shard = (shard + 1) % SYNTHETIC;
+            position = rank * B * T;
+        }
+    }
+}
+
+enum { LOADER_STEPS = 60, LOADER_T = 8, LOADER_ROWS = 16, LOADER_STEP = LOADER_ROWS * LOADER_T };
+
+// All ranks' steps by the loader, put together in the order of the rows: (step, row, T).
+static void draw_all(int* inputs, int* targets, int world, int B, bool strided, int data_ranks) {
+    int per_rank = LOADER_STEP / world, calls = LOADER_ROWS / world / B;
+    for (int rank = 0; rank < world; rank++) {
+        Loader l;
+        loader_open(&l, path_of("syn_*.bin"), LOADER_ROWS, B, LOADER_T, rank, world, LOADER_VOCAB,
+                    strided, data_ranks);
+        for (int step = 0; step < LOADER_STEPS; step++) {
+            for (int call = 0; call < calls; call++) {
+                int at = step * LOADER_STEP + rank * per_rank + call * B * LOADER_T;
+                loader_next(&l, inputs + at, targets + at);
+            }
+        }
+        loader_close(&l);
+    }
+}
+
+static void test_loader(void) {
+    static int got[2][LOADER_STEPS * LOADER_STEP], want[2][LOADER_STEPS * LOADER_STEP];
+    static int part[2][LOADER_STEPS * LOADER_STEP];
+    static const struct {
+        int world, B;
+    } CUTS[] = { { 1, 16 }, { 1, 4 }, { 1, 1 }, { 2, 8 }, { 2, 2 }, { 8, 2 }, { 8, 1 } };
+    char what[128];
+    make_synthetic();
+    for (size_t c = 0; c < sizeof CUTS / sizeof *CUTS; c++) {
+        int world = CUTS[c].world, B = CUTS[c].B;
+        // As many data ranks as ranks: the plain rule.
+        draw_all(got[0], got[1], world, B, true, world);
+        int slice = LOADER_STEP / world;
+        for (int rank = 0; rank < world; rank++) {
+            strided_reference(part[0], part[1], rank, world, LOADER_ROWS / world, LOADER_T,
+                              LOADER_STEPS);
+            for (int i = 0; i < LOADER_STEPS * slice; i++) {
+                int at = i / slice * LOADER_STEP + rank * slice + i % slice;
+                want[0][at] = part[0][i];
+                want[1][at] = part[1][i];
+            }
+        }
+        snprintf(what, sizeof what, "strided, %d ranks, micro-batch %d", world, B);
+        test_same_bits(what, got, want, sizeof got);
+        // The order of eight data ranks, on any number of ranks.
+        draw_all(got[0], got[1], world, B, true, 8);
+        for (int rank = 0; rank < 8; rank++) {
+            slice = LOADER_STEP / 8;
+            strided_reference(part[0], part[1], rank, 8, LOADER_ROWS / 8, LOADER_T, LOADER_STEPS);
+            for (int i = 0; i < LOADER_STEPS * slice; i++) {
+                int at = i / slice * LOADER_STEP + rank * slice + i % slice;
+                want[0][at] = part[0][i];
+                want[1][at] = part[1][i];
+            }
+        }
+        snprintf(what, sizeof what, "strided as 8 ranks, %d ranks, micro-batch %d", world, B);
+        test_same_bits(what, got, want, sizeof got);
+        draw_all(got[0], got[1], world, B, false, 8);
+        for (int i = 0; i < LOADER_STEPS * LOADER_STEP; i++) {
+            want[0][i] = ring[i % ring_tokens];
+            want[1][i] = ring[(i + 1) % ring_tokens];
+        }
+        snprintf(what, sizeof what, "stream, %d ranks, micro-batch %d", world, B);
+        test_same_bits(what, got, want, sizeof got);
+    }
+    // The eight places really part: rank 7 leaves the first shard at an earlier step than rank 0
+    // somewhere.
+    strided_reference(want[0], want[1], 0, 8, 2, LOADER_T, LOADER_STEPS);
+    strided_reference(part[0], part[1], 7, 8, 2, LOADER_T, LOADER_STEPS);
+    int shard_of[2] = { 0, 0 };
+    bool parted = false;
+    for (int step = 0; step < LOADER_STEPS; step++) {
+        int position[2] = { 0, 0 };
+        for (int r = 0; r < 2; r++) {
+            int token = (r ? part : want)[0][step * 16];
+            for (int s = 0; s < SYNTHETIC; s++) {
+                for (int k = 0; k < SYNTHETIC_TOKENS[s]; k++) {
+                    if (synthetic[s][k] == token) shard_of[r] = s, position[r] = k;
+                }
+            }
+        }
+        parted = parted || shard_of[0] != shard_of[1] || position[1] - position[0] != 7 * 16;
+    }
+    test_true("the case has ranks that drift apart", parted);
+    test_true("data ranks: those asked for, fewer, or the ranks",
+              loader_data_ranks(8, 512, 1) == 8 && loader_data_ranks(8, 4, 1) == 4 &&
+                  loader_data_ranks(8, 3, 1) == 1 && loader_data_ranks(8, 512, 2) == 8 &&
+                  loader_data_ranks(8, 512, 16) == 16 && loader_data_ranks(8, 12, 3) == 3);
+}
+
+static void test_loader_seek(void) {
+    static int a[2][LOADER_STEP], b[2][LOADER_STEP];
+    make_synthetic();
+    for (int strided = 0; strided < 2; strided++) {
+        Loader one, two;
+        loader_open(&one, path_of("syn_*.bin"), LOADER_ROWS, 16, LOADER_T, 0, 1, LOADER_VOCAB,
+                    strided, 8);
+        loader_open(&two, path_of("syn_*.bin"), LOADER_ROWS, 4, LOADER_T, 0, 1, LOADER_VOCAB,
+                    strided, 8);
+        test_true("tokens of all shards",
+                  one.total_tokens == 1000 + 768 + 1301 && one.shards.count == 3);
+        int64_t epoch = 0;
+        int wraps = 0;
+        for (int step = 0; step < 60; step++) {
+            loader_next(&one, a[0], a[1]);
+            wraps += one.epoch == epoch + 1;
+            epoch = one.epoch;
+            // From wherever it is, also from the middle of a step.
+            loader_seek(&two, 60 - step);
+            loader_next(&two, b[0], b[1]);
+            loader_seek(&two, step);
+            test_true("seek: the step", two.step == step && two.micro == 0);
+            for (int i = 0; i < 4; i++) loader_next(&two, b[0] + i * 32, b[1] + i * 32);
+            test_same_bits("seek equals drawing", a, b, sizeof a);
+            test_true("seek: the epoch", two.epoch == one.epoch && two.step == one.step);
+        }
+        // stream: 60 x 128 tokens of a ring of 3069; strided: the last data rank has 6 + 5 + 9
+        // steps in the shards
+        test_true("epochs are counted one by one",
+                  wraps == epoch && epoch == (strided ? 60 / 20 : 60 * 128 / 3069));
+        loader_reset(&one);
+        loader_seek(&two, 0);
+        loader_next(&one, a[0], a[1]);
+        for (int i = 0; i < 4; i++) loader_next(&two, b[0] + i * 32, b[1] + i * 32);
+        test_same_bits("reset", a, b, sizeof a);
+        test_true("reset: the epoch", one.epoch == 0 && one.step == 1);
+        loader_close(&one);
+        loader_close(&two);
+    }
+    // One tiny file, many times around.
+    uint16_t tiny[5] = { 1, 2, 3, 4, 5 };
+    write_shard(path_of("tiny.bin"), tiny, 5);
+    Loader l;
+    loader_open(&l, path_of("tiny.bin"), 3, 3, 4, 0, 1, 8, false, 8);
+    bool ok = true;
+    for (int step = 0; step < 5; step++) {
+        loader_next(&l, a[0], a[1]);
+        for (int i = 0; i < 12; i++)
+            ok = ok && a[0][i] == 1 + (12 * step + i) % 5 && a[1][i] == 1 + (12 * step + i + 1) % 5;
+    }
+    test_true("a step larger than the data", ok && l.epoch == 12);
+    loader_close(&l);
+}
+
+// A shard of n zero tokens that takes no room on the disk, with one token set.
+static void write_sparse_shard(const char* path, int64_t n, int64_t where, uint16_t token) {
+    int32_t header[256] = { 20240520, 1, (int32_t)n };
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    bool ok = fd >= 0 && ftruncate(fd, 1024 + 2 * n) == 0 &&
+              pwrite(fd, header, sizeof header, 0) == (ssize_t)sizeof header &&
+              pwrite(fd, &token, 2, 1024 + 2 * where) == 2;
+    REQUIRE(ok, "%s: a sparse file cannot be made: %s", path, strerror(errno));
+    close(fd);
+}
+
+static void test_loader_large(void) {
+    // FineWeb's shards and the record's batch: ranks 0 to 5 find 190 batches in a shard, 6 and 7
+    // find 189.
+    write_sparse_shard(path_of("web_000001.bin"), 100000000, 0, 7);
+    write_sparse_shard(path_of("web_000002.bin"), 100000000, 0, 7);
+    Loader l;
+    loader_open(&l, path_of("web_*.bin"), 512, 64, 1024, 0, 1, 50304, true, 8);
+    int steps_in_first[8] = { 0 };
+    for (int step = 0; step < 192; step++) {
+        for (int k = 0; k < 8; k++) steps_in_first[k] += l.places[k].shard == 0;
+        loader_seek(&l, step + 1);
+    }
+    for (int k = 0; k < 8; k++)
+        test_true("batches in a shard of FineWeb", steps_in_first[k] == (k < 6 ? 190 : 189));
+    loader_close(&l);
+    unlink(path_of("web_000001.bin"));
+    unlink(path_of("web_000002.bin"));
+
+    int64_t n = 1200000000;
+    write_sparse_shard(path_of("large.bin"), n, n - 2, 77);
+    Shards s;
+    shards_open(&s, path_of("large.bin"), 50304);
+    const uint16_t* t = shards_read(&s, n - 4, 5);
+    test_true("tokens beyond 2 GiB",
+              t[0] == 0 && t[1] == 0 && t[2] == 77 && t[3] == 0 && t[4] == 0);
+    shards_close(&s);
+    unlink(path_of("large.bin"));
+}
+
+// ---- loader: errors ------------------------------------------------------------------------
+
+static void open_bad(void* path) {
+    Loader l;
+    int inputs[64], targets[64];
+    loader_open(&l, (const char*)path, 4, 4, 16, 0, 1, 100, false, 1);
+    loader_next(&l, inputs, targets);
+}
+
+static void open_bad_strided(void* path) {
+    Loader l;
+    loader_open(&l, (const char*)path, 4, 4, 16, 0, 1, 100, true, 1);
+}
+
+static void open_bad_rows(void* path) {
+    Loader l;
+    loader_open(&l, (const char*)path, 5, 2, 16, 0, 1, 100, true, 1);
+}
+
+static void open_short_val(void* path) {
+    ValLoader l;
+    val_open(&l, (const char*)path, 64, 4, 16, 0, 1, 100);
+}
+
+static void open_val_one_short(void* path) {
+    ValLoader l;
+    val_open(&l, (const char*)path, 50, 4, 16, 0, 1, 100);
+}
+
+static void expect_shard_error(const char* what, int32_t magic, int32_t version, int32_t count,
+                               int tokens, int bytes, const char* part1, const char* part2) {
+    static int32_t header[256];
+    static uint16_t body[256];
+    const char* path = path_of("bad.bin");
+    header[0] = magic;
+    header[1] = version;
+    header[2] = count;
+    FILE* file = fopen(path, "wb");
+    fwrite(header, 1, (size_t)(bytes < 1024 ? bytes : 1024), file);
+    fwrite(body, 2, (size_t)tokens, file);
+    fclose(file);
+    char wanted[700];
+    snprintf(wanted, sizeof wanted, "%s: %s", path, part1);
+    expect_death(what, open_bad, (void*)path, wanted, part2);
+}
+
+static void test_loader_errors(void) {
+    expect_shard_error("wrong magic", 5, 1, 100, 100, 1024,
+                       "magic 5, expected 20240520; is this a token shard?", "made by");
+    expect_shard_error("wrong version", 20240520, 2, 100, 100, 1024, "version 2, expected 1", NULL);
+    expect_shard_error("count too large", 20240520, 1, 100, 99, 1024,
+                       "1222 bytes, but its 100 tokens need 1224", "again");
+    expect_shard_error("count too small", 20240520, 1, 99, 100, 1024,
+                       "1224 bytes, but its 99 tokens need 1222", NULL);
+    expect_shard_error("no token", 20240520, 1, 0, 0, 1024, "the header promises 0 tokens", NULL);
+    expect_shard_error("a negative count", 20240520, 1, -8, 8, 1024,
+                       "the header promises -8 tokens", NULL);
+    expect_shard_error("one token", 20240520, 1, 1, 1, 1024, "one token has no successor", NULL);
+    expect_shard_error("half a header", 20240520, 1, 0, 0, 500,
+                       "500 bytes, but the header alone has 1024", NULL);
+    expect_shard_error("an empty file", 0, 0, 0, 0, 0, "0 bytes, but the header alone has 1024",
+                       NULL);
+    expect_death("no file", open_bad, (void*)path_of("none_*.bin"), "no file matches",
+                 "text_to_shards");
+    expect_death("a directory", open_bad, folder, "not a file", "pattern");
+
+    uint16_t tokens[100];
+    for (int i = 0; i < 100; i++) tokens[i] = (uint16_t)i;
+    tokens[40] = 100;
+    write_shard(path_of("high_2.bin"), tokens, 100);
+    expect_death("a token beyond the vocabulary", open_bad, (void*)path_of("high_2.bin"),
+                 "high_2.bin: token 40 is 100, but --vocab is 100 (ids 0 to 99)",
+                 "another vocabulary");
+    tokens[40] = 99;
+    write_shard(path_of("high_1.bin"), tokens, 50);
+    tokens[3] = 101;
+    write_shard(path_of("high_2.bin"), tokens, 100);
+    expect_death("the same in the second shard", open_bad, (void*)path_of("high_*.bin"),
+                 "high_2.bin: token 3 is 101", NULL);
+    expect_death("a shard below a step", open_bad_strided, (void*)path_of("high_1.bin"),
+                 "high_1.bin: 50 tokens, but --batching strided takes a step of 65 from one shard",
+                 "--batching stream");
+    expect_death("rows that cannot be cut", open_bad_rows, (void*)path_of("high_1.bin"),
+                 "a step of 5 sequences", NULL);
+    expect_death("a validation set that is too short", open_short_val, (void*)path_of("high_1.bin"),
+                 "--val-tokens 64", "holds 49 predictions");
+    expect_death("one that is too short by one", open_val_one_short, (void*)path_of("high_1.bin"),
+                 "--val-tokens 50", NULL);
+}
+
+static void test_val(void) {
+    enum { B = 3, T = 16 };
+    static int inputs[B * T], targets[B * T];
+    make_synthetic();
+    // whole rows, part of a row, one prediction, everything; more ranks than batches
+    static const int64_t ASKED[] = { 960, 1000, 1111, 1, 47, 48, 49, 3068, 0 };
+    static const int WORLDS[] = { 1, 2, 5 };
+    for (size_t i = 0; i < sizeof ASKED / sizeof *ASKED * 3; i++) {
+        int64_t asked = ASKED[i / 3];
+        int world = WORLDS[i % 3];
+        int64_t wanted = asked ? asked : ring_tokens - 1, seen = 0;
+        bool right = true, calls = true;
+        static bool hit[4000];
+        memset(hit, 0, sizeof hit);
+        for (int rank = 0; rank < world; rank++) {
+            ValLoader l;
+            val_open(&l, path_of("syn_*.bin"), asked, B, T, rank, world, LOADER_VOCAB);
+            calls = calls && l.predictions == wanted &&
+                    l.batches == (wanted + world * B * T - 1) / (world * B * T);
+            for (int64_t k = 0; k < l.batches; k++) {
+                int64_t there = 0, first = (k * world + rank) * B * T;
+                int64_t said = val_batch(&l, k, inputs, targets);
+                for (int j = 0; j < B * T; j++) {
+                    if (targets[j] < 0) {
+                        right = right && targets[j] == -1 && inputs[j] == 0 && first + j >= wanted;
+                        continue;
+                    }
+                    right = right && inputs[j] == ring[first + j] &&
+                            targets[j] == ring[first + j + 1] && !hit[first + j];
+                    hit[first + j] = true;
+                    there++;
+                }
+                right = right && there == said;
+                seen += there;
+            }
+            val_close(&l);
+        }
+        char what[96];
+        snprintf(what, sizeof what, "val: %" PRId64 " predictions on %d ranks, each once", wanted,
+                 world);
+        test_true(what, right && seen == wanted);
+        test_true("val: calls per rank", calls);
+    }
+}
+
+// ---- safetensors ---------------------------------------------------------------------------
+
+static void make_tensors(const char* path) {
+    static float f[6] = { 1, -2, 3.5f, 1e-30f, INFINITY, 0 };
+    static uint16_t h[3] = { 1, 2, 65535 };
+    static int32_t i[4] = { -1, 2, 3, 4 };
+    static uint8_t b[5] = { 1, 2, 3, 4, 5 };
+    static int64_t q[1] = { INT64_MIN };
+    SafeTensor t[7] = {};
+    static const char* const NAMES[7] = { "bytes",  "h.0.w", "u", "i", "odd \"name\"\n\xc3\xa9",
+                                          "scalar", "empty" };
+    static const SafeType TYPES[7] = { SAFE_U8,  SAFE_BF16, SAFE_U16, SAFE_I32,
+                                       SAFE_F32, SAFE_I64,  SAFE_F32 };
+    const void* data[7] = { b, h, h, i, f, q, NULL };
+    for (int k = 0; k < 7; k++) {
+        t[k].name = NAMES[k];
+        t[k].type = TYPES[k];
+        t[k].data = data[k];
+    }
+    t[0].dims = 1, t[0].shape[0] = 5;
+    t[1].dims = 1, t[1].shape[0] = 3;
+    t[2].dims = 2, t[2].shape[0] = 1, t[2].shape[1] = 3;
+    t[3].dims = 2, t[3].shape[0] = 2, t[3].shape[1] = 2;
+    t[4].dims = 3, t[4].shape[0] = 1, t[4].shape[1] = 2, t[4].shape[2] = 3;
+    t[5].dims = 0;
+    t[6].dims = 2, t[6].shape[0] = 0, t[6].shape[1] = 9;
+    const char* metadata[] = { "flags", "steps = 3\nout = \"x\"\n", "empty", "", "\xe2\x82\xac",
+                               "\x01\\" };
+    safetensors_write(path, t, 7, metadata, 3);
+}
+
+static void test_safetensors(void) {
+    const char* path = path_of("t.safetensors");
+    char problem[512] = "";
+    make_tensors(path);
+    SafeFile f;
+    safetensors_open(&f, path);
+    test_true("tensors and metadata", f.count == 7 && f.pairs == 3);
+    const float* x = (const float*)safetensors_data(&f, "odd \"name\"\n\xc3\xa9", SAFE_F32, 6);
+    test_true("fp32", x[0] == 1 && x[1] == -2 && x[2] == 3.5f && x[3] == 1e-30f &&
+                          x[4] == INFINITY && x[5] == 0);
+    const uint16_t* h = (const uint16_t*)safetensors_data(&f, "h.0.w", SAFE_BF16, 3);
+    test_true("bf16", h[0] == 1 && h[1] == 2 && h[2] == 65535);
+    test_true("int32", ((const int32_t*)safetensors_data(&f, "i", SAFE_I32, 4))[0] == -1);
+    test_true("int64, no dimension",
+              *(const int64_t*)safetensors_data(&f, "scalar", SAFE_I64, 1) == INT64_MIN);
+    test_true("bytes", memcmp(safetensors_data(&f, "bytes", SAFE_U8, 5), "\1\2\3\4\5", 5) == 0);
+    const SafeTensor* t = safetensors_find(&f, "odd \"name\"\n\xc3\xa9");
+    test_true("shape", t->dims == 3 && t->shape[0] == 1 && t->shape[1] == 2 && t->shape[2] == 3 &&
+                           t->bytes == 24);
+    test_true("no such tensor", safetensors_find(&f, "odd") == NULL);
+    test_true("metadata",
+              strcmp(safetensors_metadata(&f, "flags"), "steps = 3\nout = \"x\"\n") == 0 &&
+                  strcmp(safetensors_metadata(&f, "empty"), "") == 0 &&
+                  strcmp(safetensors_metadata(&f, "\xe2\x82\xac"), "\x01\\") == 0 &&
+                  safetensors_metadata(&f, "none") == NULL);
+    bool aligned = true;
+    for (int i = 0; i < f.count; i++)
+        aligned = aligned && (uintptr_t)f.tensors[i].data % SAFE_TYPE_BYTES[f.tensors[i].type] == 0;
+    test_true("aligned to the items", aligned);
+    safetensors_close(&f);
+    size_t n, m;
+    char *once = read_file(path, &n), *twice;
+    make_tensors(path);
+    twice = read_file(path, &m);
+    test_true("written again: equal bytes", n == m && memcmp(once, twice, n) == 0);
+    uint64_t json_bytes;
+    memcpy(&json_bytes, once, 8);
+    once[8 + json_bytes] = 0;       // the first byte of the data, which starts with the one int64
+    test_true("the header is JSON, padded to 8", json_bytes % 8 == 0 && json_is_valid(once + 8));
+    free(once);
+    free(twice);
+    test_true("no tensors", (safetensors_write(path, NULL, 0, NULL, 0),
+                             safetensors_try_open(&f, path, problem, sizeof problem)) &&
+                                f.count == 0);
+    safetensors_close(&f);
+}
+
+static void get_absent(void* name) {
+    SafeFile f;
+    safetensors_open(&f, path_of("t.safetensors"));
+    safetensors_data(&f, (const char*)name, SAFE_F32, 6);
+}
+
+static void write_nowhere(void* path) {
+    make_tensors((const char*)path);
+}
+
+static void write_without_room(void* path) {
+    struct rlimit limit = { 200, 200 };
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    make_tensors((const char*)path);
+}
+
+static void open_tensors(void* path) {
+    SafeFile f;
+    safetensors_open(&f, (const char*)path);
+}
+
+// A file with this header (padded) and this many bytes of data must be refused with these words.
+static void expect_refusal(const char* json, int data_bytes, const char* wanted) {
+    const char* path = path_of("refused.safetensors");
+    static char bytes[4096];
+    uint64_t n = (strlen(json) + 7) / 8 * 8;
+    memset(bytes, ' ', sizeof bytes);
+    memcpy(bytes, &n, 8);
+    memcpy(bytes + 8, json, strlen(json));
+    write_file(path, bytes, 8 + n + (size_t)data_bytes);
+    SafeFile f;
+    char problem[512] = "";
+    bool opened = safetensors_try_open(&f, path, problem, sizeof problem);
+    if (opened) safetensors_close(&f);
+    if (!test_true(json, !opened && strstr(problem, wanted)))
+        printf("      opened %d, problem: %s\n", opened, problem);
+}
+
+#define F32_ENTRY "{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}"
+
+static void test_safetensors_errors(void) {
+    make_tensors(path_of("t.safetensors"));
+    expect_death("an absent tensor", get_absent, (void*)"nosuch",
+                 "t.safetensors: no tensor 'nosuch' among its 7", NULL);
+    expect_death("another type", get_absent, (void*)"i", "tensor 'i' is I32, expected F32", NULL);
+    expect_death("another size", get_absent, (void*)"empty",
+                 "tensor 'empty' has 0 elements, expected 6", NULL);
+    expect_death("a directory that is not there", write_nowhere, (void*)path_of("no/t.safetensors"),
+                 "cannot be created: No such file", NULL);
+    expect_death("a full disk", write_without_room, (void*)path_of("t.safetensors"),
+                 "nothing was saved", "File too large");
+    SafeFile f;
+    char problem[512] = "";
+    test_true("the old file is untouched",
+              safetensors_try_open(&f, path_of("t.safetensors"), problem, sizeof problem));
+    safetensors_close(&f);
+    glob_t found;
+    test_true("no part is left", glob(path_of("*.part"), 0, NULL, &found) == GLOB_NOMATCH);
+    expect_death("no file", open_tensors, (void*)path_of("none.safetensors"),
+                 "none.safetensors: cannot be opened: No such file", NULL);
+    write_file(path_of("short"), "1234567", 7);
+    expect_death("7 bytes", open_tensors, (void*)path_of("short"), "7 bytes: too short", NULL);
+    write_file(path_of("short"), "\xff\xff\xff\xff\xff\xff\xff\xff{}", 10);
+    expect_death("an absurd header length", open_tensors, (void*)path_of("short"),
+                 "the header length is 18446744073709551615", NULL);
+    write_file(path_of("short"), "\x10\0\0\0\0\0\0\0{}      ", 16);
+    expect_death("a header beyond the end", open_tensors, (void*)path_of("short"),
+                 "the header length is 16 in a file of 16", NULL);
+    write_file(path_of("short"), "\x07\0\0\0\0\0\0\0{}     ", 15);
+    expect_death("a header of odd length", open_tensors, (void*)path_of("short"),
+                 "the header length is 7", NULL);
+
+    expect_refusal("", 0, "expected '{', the header ends");
+    expect_refusal("[]", 0, "expected '{'");
+    expect_refusal("{", 0, "expected '\"', the header ends");
+    expect_refusal("{} x", 0, "text after the closing brace");
+    expect_refusal("{\"a\":" F32_ENTRY ",}", 8, "expected '\"'");
+    expect_refusal("{\"a\":" F32_ENTRY " \"b\":1}", 8, "expected ','");
+    expect_refusal("{\"a\":7}", 0, "expected '{'");
+    expect_refusal("{\"a\":{}}", 0, "expected '\"'");
+    expect_refusal("{\"a", 0, "a string does not end");
+    expect_refusal("{\"a\nb\":" F32_ENTRY "}", 8, "byte 0x0a inside a string");
+    expect_refusal("{\"a\xff\":" F32_ENTRY "}", 8, "byte 0xff is not UTF-8");
+    expect_refusal("{\"a\\q\":" F32_ENTRY "}", 8, "unknown escape");
+    expect_refusal("{\"a\\u12g4\":" F32_ENTRY "}", 8, "a \\u escape has byte 0x67");
+    expect_refusal("{\"a\\u0000\":" F32_ENTRY "}", 8, "a zero byte inside a string");
+    expect_refusal("{\"a\\ud800\":" F32_ENTRY "}", 8, "half a surrogate pair");
+    expect_refusal("{\"a\\ud800\\u0041\":" F32_ENTRY "}", 8, "half a surrogate pair");
+    expect_refusal("{\"a\\udc00\":" F32_ENTRY "}", 8, "half a surrogate pair");
+    expect_refusal("{\"a\":" F32_ENTRY
+                   ",\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[8,12]}}",
+                   12, "tensor 'a' is there twice");
+    expect_refusal("{\"a\":{\"dtype\":\"F33\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8,
+                   "unknown dtype 'F33'");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8,
+                   "lacks dtype, shape or data_offsets");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"shape\":[2],\"data_offsets\":[0,8]}}",
+                   8, "'shape' is unknown or repeated");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"size\":[2],\"data_offsets\":[0,8]}}", 8,
+                   "'size' is unknown or repeated");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8,
+                   "expected a whole number");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}", 8,
+                   "expected ','");
+    expect_refusal(
+        "{\"a\":{\"dtype\":\"F32\",\"shape\":[99999999999999999999],\"data_offsets\":[0,8]}}", 8,
+        "the number is too large");
+    expect_refusal(
+        "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}", 8,
+        "more than 8 numbers");
+    expect_refusal(
+        "{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904,4],\"data_offsets\":[0,0]}}", 0,
+        "its shape overflows");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 8,
+                   "make 12 bytes, data_offsets 8");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,0]}}", 8,
+                   "do not lie in the 8 bytes");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}", 8,
+                   "do not lie in the 8 bytes");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8]}}", 8,
+                   "data_offsets has 1 numbers");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}", 12,
+                   "starts at byte 4 of the data, the one before ends at 0");
+    expect_refusal("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[2,10]}}", 12,
+                   "not a multiple of its item's 4");
+    expect_refusal("{\"a\":" F32_ENTRY
+                   ",\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}",
+                   12, "the one before ends at 8");
+    expect_refusal("{\"a\":" F32_ENTRY ",\"b\":" F32_ENTRY "}", 8, "the one before ends at 8");
+    expect_refusal("{\"a\":" F32_ENTRY "}", 9, "the tensors make 8 bytes, the file has 9");
+    expect_refusal("{\"__metadata__\":{\"a\":1}}", 0, "expected '\"'");
+    expect_refusal("{\"__metadata__\":{},\"__metadata__\":{}}", 0, "__metadata__ is there twice");
+}
+
+// Headers with a few bytes changed, added or lost: refused, or read without leaving the file.
+static void test_safetensors_mutations(void) {
+    const char* path = path_of("t.safetensors");
+    make_tensors(path);
+    size_t n;
+    char* whole = read_file(path, &n);
+    uint64_t json_bytes;
+    memcpy(&json_bytes, whole, 8);
+    static const char LETTERS[] = "{}[]\",:\\0129 u\xff";
+    char* bytes = (char*)test_calloc(n + 64, 1);
+    int opened = 0, outside = 0, unexplained = 0;
+    for (uint64_t trial = 0; trial < 2000; trial++) {
+        size_t size = n;
+        memcpy(bytes, whole, n);
+        int changes = 1 + (int)(test_random(trial, 0) % 3);
+        for (int k = 0; k < changes; k++) {
+            uint64_t r = test_random(trial, 1 + k);
+            size_t at = r % 20 == 0 ? r / 64 % 8 : 8 + r / 64 % json_bytes;
+            char letter = r % 3 ? LETTERS[r / 8192 % (sizeof LETTERS - 1)] : (char)(r >> 48);
+            int kind = (int)(r >> 40) % 5;
+            if (kind == 3) {
+                memmove(bytes + at + 1, bytes + at, size - at);
+                size++;
+            } else if (kind == 4) {
+                memmove(bytes + at, bytes + at + 1, size - at - 1);
+                size--;
+            }
+            if (kind != 4) bytes[at] = letter;
+        }
+        if (test_random(trial, 9) % 8 == 0) size = test_random(trial, 10) % size;
+        write_file(path, bytes, size);
+        SafeFile f;
+        char problem[512] = "";
+        if (!safetensors_try_open(&f, path, problem, sizeof problem)) {
+            unexplained += !*problem;
+            continue;
+        }
+        opened++;
+        const char* begin = (const char*)f.map;
+        for (int i = 0; i < f.count; i++) {
+            const char* data = (const char*)f.tensors[i].data;
+            outside += data < begin || data + f.tensors[i].bytes > begin + size ||
+                       f.tensors[i].bytes != (size_t)safe_elements(&f.tensors[i]) *
+                                                 SAFE_TYPE_BYTES[f.tensors[i].type];
+            outside += strlen(f.tensors[i].name) > json_bytes;
+        }
+        safetensors_close(&f);
+    }
+    test_true("mutated headers: none reads outside its file", outside == 0);
+    test_true("mutated headers: every refusal is explained", unexplained == 0);
+    // A changed letter in a name or a metadata value leaves a good file; most other changes do not.
+    test_true("mutated headers: some good, most refused", opened > 20 && opened < 1000);
+    free(whole);
+    free(bytes);
+}
+
+// ---- random numbers and samples ------------------------------------------------------------
+
+static void test_rng(void) {
+    // Known answers of Random123, philox4x32-10.
+    static const uint32_t KNOWN[3][10] = {
+        { 0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8 },
+        { 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0x408f276d,
+          0x41c83b0e, 0xa20bc7c6, 0x6d5451fd },
+        { 0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
+          0x94fdcceb, 0x5001e420, 0x24126ea1 }
+    };
+    for (int i = 0; i < 3; i++) {
+        uint32_t out[4];
+        rng_philox(out, KNOWN[i], KNOWN[i] + 4);
+        test_same_bits("philox4x32-10", out, KNOWN[i] + 6, sizeof out);
+    }
+    // The formulas on the words of the first answer. Double rounding and a log and cos good to 2
+    // ulp: 1e-14.
+    test_check("uniform of known words",
+               fabs(rng_uniform(0, 0, 0) - (0x6627e8d5 + 0.5) / 4294967296.0), 0);
+    test_check("normal of known words", fabs(rng_normal(0, 0, 0) - 0.9911376799303855), 1e-14);
+    enum { N = 200000 };
+    double sum = 0, sum2 = 0, low = 1, high = 0, product = 0, normal = 0, normal2 = 0, normal4 = 0;
+    for (uint64_t i = 0; i < N; i++) {
+        double u = rng_uniform(3, 5, i), z = rng_normal(3, 5, i);
+        sum += u - 0.5;
+        sum2 += (u - 0.5) * (u - 0.5) - 1.0 / 12;
+        product += (u - 0.5) * (rng_uniform(3, 6, i) - 0.5);
+        low = u < low ? u : low;
+        high = u > high ? u : high;
+        normal += z;
+        normal2 += z * z - 1;
+        normal4 += z * z * z * z - 3;
+    }
+    // Five standard deviations of a mean of N: variances of u, u^2, u v, z, z^2, z^4 are 1/12,
+    // 1/180, 1/144, 1, 2, 96.
+    test_check("uniform: mean", fabs(sum / N), 5 * sqrt(1.0 / 12 / N));
+    test_check("uniform: variance", fabs(sum2 / N), 5 * sqrt(1.0 / 180 / N));
+    test_check("uniform: two streams are not correlated", fabs(product / N),
+               5 * sqrt(1.0 / 144 / N));
+    // The smallest of N is below 20/N but for one case in e^20.
+    test_true("uniform: inside (0, 1), up to its ends",
+              low > 0 && high < 1 && low < 20.0 / N && high > 1 - 20.0 / N);
+    test_check("normal: mean", fabs(normal / N), 5 * sqrt(1.0 / N));
+    test_check("normal: variance", fabs(normal2 / N), 5 * sqrt(2.0 / N));
+    test_check("normal: fourth moment", fabs(normal4 / N), 5 * sqrt(96.0 / N));
+    double u = rng_uniform(1, 2, 3);
+    test_true("seed, stream and both halves of the index count",
+              u != rng_uniform(2, 2, 3) && u != rng_uniform(1, 3, 3) && u != rng_uniform(1, 2, 4) &&
+                  u != rng_uniform(1, 2, 3 + (1ull << 32)) &&
+                  u != rng_uniform(1 + (1ull << 32), 2, 3) && u == rng_uniform(1, 2, 3));
+}
+
+static void pick_nan(void* unused) {
+    (void)unused;
+    float z[3] = { 1, NAN, 2 };
+    sampler_pick(z, 3, 1, 0, 1, 0);
+}
+
+static void pick_none(void* unused) {
+    (void)unused;
+    float z[3] = { -INFINITY, -INFINITY, -INFINITY };
+    sampler_pick(z, 3, 1, 0, 1, 0);
+}
+
+static void test_sampler(void) {
+    enum { N = 20000, V = 6 };
+    float z[V] = { 0, 1, -1, 2, 1, -INFINITY };
+    static const struct { double temperature; int top_k; bool in[V];
+    } CASES[] = { { 1, 0, { 1, 1, 1, 1, 1, 0 } },   { 1, 99, { 1, 1, 1, 1, 1, 0 } },
+                  { 0.5, 0, { 1, 1, 1, 1, 1, 0 } }, { 2, 3, { 0, 1, 0, 1, 1, 0 } },
+                  { 1, 2, { 0, 1, 0, 1, 0, 0 } },   { 0, 0, { 0, 0, 0, 1, 0, 0 } },
+                  { 3, 1, { 0, 0, 0, 1, 0, 0 } } };
+    for (size_t c = 0; c < sizeof CASES / sizeof *CASES; c++) {
+        double p[V], sum = 0;
+        int count[V] = { 0 };
+        for (int i = 0; i < V; i++) {
+            p[i] = !CASES[c].in[i]             ? 0
+                   : CASES[c].temperature == 0 ? 1
+                                               : exp(z[i] / CASES[c].temperature);
+            sum += p[i];
+        }
+        for (uint64_t i = 0; i < N; i++)
+            count[sampler_pick(z, V, (float)CASES[c].temperature, CASES[c].top_k, 9, i)]++;
+        char what[64];
+        for (int i = 0; i < V; i++) {
+            double q = p[i] / sum;
+            snprintf(what, sizeof what, "temperature %g, top %d: token %d", CASES[c].temperature,
+                     CASES[c].top_k, i);
+            test_check(what, fabs(count[i] / (double)N - q),
+                       5 * sqrt(q * (1 - q) / N));    // exact where q is 0 or 1
+        }
+    }
+    float equal[4] = { 1, 5, 5, 5 };
+    test_true("equal logits: the lower id",
+              sampler_pick(equal, 4, 0, 0, 1, 0) == 1 && sampler_pick(equal, 4, 1, 1, 1, 0) == 1);
+    float huge[3] = { 1e30f, -1e30f, 1e30f };
+    int drawn = sampler_pick(huge, 3, 1, 0, 1, 0);
+    test_true("large logits", drawn == 0 || drawn == 2);
+    test_true("drawn again", sampler_pick(z, V, 1, 0, 4, 17) == sampler_pick(z, V, 1, 0, 4, 17));
+    expect_death("a logit that is NaN", pick_nan, NULL, "sample: logit 1 is nan", NULL);
+    expect_death("no logit above -inf", pick_none, NULL, "sample: all 3 logits are -inf", NULL);
+
+    static const struct { int vocab, n, tokens[8]; const char* text;
+    } TEXTS[] = { { 320, 3, { 'H', 'i', '\n' }, "Hi\n" },
+                  { 320, 3, { 256, 'a', 300 }, "<end>a<300>" },
+                  { 320, 2, { 0xc3, 0xa9 }, "\xc3\xa9" },
+                  { 320,
+                    2,
+                    { 0xc3, 'a' },
+                    "\xef\xbf\xbd"
+                    "a" },
+                  { 320, 2, { 0xc3, 256 }, "\xef\xbf\xbd<end>" },
+                  { 320, 3, { 27, '\t', 0 }, "\\x1b\t\\x00" },
+                  { 320, 4, { 0xf0, 0x9f, 0x98, 0x80 }, "\xf0\x9f\x98\x80" },
+                  { 50304, 3, { 1, 256, 50256 }, "1 256 50256" } };
+    for (size_t i = 0; i < sizeof TEXTS / sizeof *TEXTS; i++) {
+        char text[64];
+        size_t n = sampler_text(text, sizeof text, TEXTS[i].tokens, TEXTS[i].n, TEXTS[i].vocab);
+        if (!test_true("text of tokens", strcmp(text, TEXTS[i].text) == 0 && n == strlen(text)))
+            printf("      %s\n", text);
+    }
+    char small[4];
+    static const int LETTERS[5] = { 'a', 'b', 'c', 'd', 'e' };
+    test_true("text that does not fit is cut",
+              sampler_text(small, sizeof small, LETTERS, 5, 320) == 3 && strcmp(small, "abc") == 0);
+}
+
+// ---- log -----------------------------------------------------------------------------------
+
+static void write_log(void* out) {
+    static Settings s;
+    static Log log;
+    parse_words(&s, "--recipe unet --steps 3 --seed 42");
+    snprintf(s.out, sizeof s.out, "%s", (const char*)out);
+    log_open(&log, &s);
+    LogStep one = { 1, 10.5, 0.25, 1, 0.85f, 2.5, 64 }, two = { 2, NAN, 0.5, 0.5f, 0.9f, NAN, 128 };
+    static const int TOKENS[] = { 256, 'o', '"', 0xff };
+    log_val(&log, 0, 10.8258, 0);
+    log_train(&log, &one);
+    log_note(&log, "epoch %d", 1);
+    log_train(&log, &two);
+    log_sample(&log, 2, TOKENS, 4, 320);
+    log_val(&log, 2, 3.28, 0.5);
+    log_result(&log, 3.28, 0.5, 128);
+    log_close(&log);
+}
+
+static void write_log_missed(void* out) {
+    static Settings s;
+    static Log log;
+    settings_defaults(&s);
+    snprintf(s.out, sizeof s.out, "%s", (const char*)out);
+    log_open(&log, &s);
+    log_result(&log, *s.out == 'x' ? 1 : NAN, 0.5, 128);
+    log_close(&log);
+}
+
+static void write_log_without_room(void* out) {
+    struct rlimit limit = { 100, 100 };
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    write_log_missed(out);
+}
+
+static void test_log(void) {
+    char out[300], path[400];
+    snprintf(out, sizeof out, "%s/runs/a/b", folder);
+    const Child* c = child_run(write_log, out);
+    test_true("log: no error", c->status == 0 && !*c->err);
+    static const char LINES[] = "step:0/3 val_loss:10.825800 train_time:0ms step_avg:0.00ms\n"
+                                "step:1/3 train_loss:10.500000 train_time:250ms step_avg:250.00ms\n"
+                                "epoch 1\n"
+                                "step:2/3 train_loss:nan train_time:500ms step_avg:250.00ms\n"
+                                "---- sample after 2 steps ----\n<end>o\"\xef\xbf\xbd\n----\n"
+                                "step:2/3 val_loss:3.280000 train_time:500ms step_avg:250.00ms\n"
+                                "RESULT val_loss:3.280000 target:3.28 reached:yes train_time:500ms "
+                                "tokens:128 seed:42 commit:" GIT_COMMIT "\n";
+    test_true("log: the same lines on a pipe", strcmp(c->out, LINES) == 0);
+    snprintf(path, sizeof path, "%s/log.txt", out);
+    size_t n;
+    char* text = read_file(path, &n);
+    test_true("log.txt: starts with the commit",
+              strncmp(text, "test_services commit " GIT_COMMIT ", 20", 21) == 0);
+    test_true("log.txt: the flags",
+              strstr(text, "\n  muon-lr                            0.04         *\n") != NULL);
+    test_true("log.txt: ends with the lines",
+              n > sizeof LINES && strcmp(text + n - (sizeof LINES - 1), LINES) == 0);
+    free(text);
+    snprintf(path, sizeof path, "%s/log.jsonl", out);
+    text = read_file(path, &n);
+    int lines = 0;
+    bool valid = true;
+    for (char* line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), lines++) {
+        valid = valid && *line == '{' && json_is_valid(line);
+        if (lines == 0)
+            test_true("log.jsonl: the flags",
+                      strstr(line, "\"settings\":{\"recipe\":\"unet\",\"steps\":3,") != NULL);
+        if (lines == 1)
+            test_true("log.jsonl: val",
+                      strcmp(line, "{\"event\":\"val\",\"step\":0,\"val_loss\":10.8258,"
+                                   "\"train_ms\":0,\"step_avg_ms\":0}") == 0);
+        if (lines == 2)
+            test_true("log.jsonl: train",
+                      strstr(line, "\"step\":1,\"tokens\":64,\"train_loss\":10.5,\"grad_norm\":2.5,"
+                                   "\"lr_mult\":1,\"muon_momentum\":0.85") &&
+                          strstr(line, "\"train_ms\":250"));
+        if (lines == 4)
+            test_true("log.jsonl: null",
+                      strstr(line, "\"train_loss\":null,\"grad_norm\":null") != NULL);
+        if (lines == 5)
+            test_true("log.jsonl: sample", strstr(line, "\"tokens\":[256,111,34,255]") != NULL);
+        if (lines == 7) test_true("log.jsonl: result", strstr(line, "\"reached\":true") != NULL);
+    }
+    test_true("log.jsonl: one JSON object per line", valid && lines == 8);
+    free(text);
+
+    // A second and a third run keep the logs before them.
+    child_run(write_log_missed, out);
+    c = child_run(write_log_missed, out);
+    test_true("NaN has not reached the target",
+              strstr(c->out, "RESULT val_loss:nan target:3.28 reached:no"));
+    static const char* const KEPT[] = { "log.1.txt", "log.1.jsonl", "log.2.txt", "log.2.jsonl" };
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, sizeof path, "%s/%s", out, KEPT[i]);
+        text = access(path, R_OK) == 0 ? read_file(path, NULL) : NULL;
+        test_true("earlier logs are kept", text && (strstr(text, "10.8258") != NULL) == (i < 2));
+        free(text);
+    }
+    write_file(path_of("plain"), "x", 1);
+    expect_death("OUT is a file", write_log_missed, (void*)path_of("plain"),
+                 "is there and not a directory", NULL);
+    expect_death("OUT in a file", write_log_missed, (void*)path_of("plain/a"),
+                 "cannot be created: Not a directory", NULL);
+    expect_death("a full disk", write_log_without_room, (void*)path_of("full"),
+                 "the log cannot be written: File too large", NULL);
+
+    Clock clock = { 0, 0 };
+    clock_start(&clock);
+    usleep(20000);
+    double first = clock_stop(&clock);
+    usleep(20000);
+    test_true("the clock stands still when stopped",
+              clock_seconds(&clock) == first && first >= 0.02);
+    clock_start(&clock);
+    usleep(1000);
+    clock_start(&clock);
+    test_true("the clock goes on",
+              clock_seconds(&clock) > first && clock_stop(&clock) >= first + 0.001);
+}
+
+// ---- tools ---------------------------------------------------------------------------------
+
+// Words as for parse_words.
+static void run_tool(const char* words, int (*tool)(int, char**)) {
+    static char store[4096];
+    static char* argv[32];
+    int argc = 1;
+    snprintf(store, sizeof store, "%s", words);
+    argv[0] = folder;
+    for (char* word = strtok(store, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
+    argv[argc] = NULL;
+    exit(tool(argc, argv));
+}
+
+static void run_shards(void* words) {
+    run_tool((const char*)words, text_to_shards_main);
+}
+
+static void run_plot(void* words) {
+    run_tool((const char*)words, plot_loss_main);
+}
+
+static void expect_shard(const char* what, const char* name, const int* tokens, int n) {
+    Shards s;
+    shards_open(&s, path_of(name), BYTE_VOCAB);
+    bool ok = shards_total(&s) == n;
+    const uint16_t* got = shards_read(&s, 0, (size_t)n);
+    for (int i = 0; i < n; i++) ok = ok && got[i] == tokens[i];
+    test_true(what, ok);
+    shards_close(&s);
+}
+
+static void test_text_to_shards(void) {
+    char words[2048];
+    write_file(path_of("one.txt"), "abcdefghij\xff\0klmnopqr", 20);
+    snprintf(words, sizeof words, "%s --out %s", path_of("one.txt"), path_of("o"));
+    test_true("one file", child_run(run_shards, words)->status == 0);
+    static const int TRAIN[] = { 256, 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i',
+                                 'j', 255, 0,   'k', 'l', 'm', 'n', 'o', 'p' };
+    static const int VAL[] = { 256, 'q', 'r' };
+    expect_shard("nine tenths to train on", "o_train_000001.bin", TRAIN, 19);
+    expect_shard("a tenth to validate on", "o_val_000000.bin", VAL, 3);
+
+    write_file(path_of("a.txt"), "abcdef", 6);
+    write_file(path_of("b.txt"), "", 0);
+    write_file(path_of("c.txt"), "ghij", 4);
+    snprintf(words, sizeof words, "--out %s --val-fraction 0.5 %s %s %s", path_of("p"),
+             path_of("a.txt"), path_of("b.txt"), path_of("c.txt"));
+    test_true("three files", child_run(run_shards, words)->status == 0);
+    static const int HALF[] = { 256, 'a', 'b', 'c', 'd', 'e' },
+                     REST[] = { 256, 'f', 256, 'g', 'h', 'i', 'j' };
+    expect_shard("documents open with 256", "p_train_000001.bin", HALF, 6);
+    expect_shard("so does what the cut parts", "p_val_000000.bin", REST, 7);
+    snprintf(words, sizeof words, "--val-fraction 0 --out %s %s", path_of("q"), path_of("c.txt"));
+    child_run(run_shards, words);
+    static const int ALL[] = { 256, 'g', 'h', 'i', 'j' };
+    expect_shard("fraction 0", "q_train_000001.bin", ALL, 5);
+    test_true("fraction 0: no validation set", access(path_of("q_val_000000.bin"), F_OK) != 0);
+
+    write_file(path_of("q_train_000002.bin"), "x", 1);
+    expect_death("a shard from before", run_shards, words,
+                 "q_train_000002.bin is there from before", "remove it");
+    snprintf(words, sizeof words, "--out %s %s", path_of("r"), path_of("b.txt"));
+    expect_death("no bytes", run_shards, words, "no bytes to make tokens of", NULL);
+    snprintf(words, sizeof words, "--out %s %s", path_of("r"), path_of("nosuch.txt"));
+    expect_death("no such text", run_shards, words, "text_to_shards: ", "nosuch.txt: No such file");
+    snprintf(words, sizeof words, "--out %s %s", path_of("r"), folder);
+    expect_death("a directory as text", run_shards, words, "not a file", NULL);
+    snprintf(words, sizeof words, "--out %s/no/r %s", folder, path_of("a.txt"));
+    expect_death("nowhere to write", run_shards, words, "cannot be created: No such file", NULL);
+    expect_death("no flag", run_shards, (void*)"--into x y",
+                 "no flag --into; there are --out and --val-fraction", NULL);
+    expect_death("no value", run_shards, (void*)"--out", "--out wants a value", NULL);
+    expect_death("a bad fraction", run_shards, (void*)"--val-fraction 2 y",
+                 "must be a number from 0 to 1, got '2'", NULL);
+    expect_death("no words", run_shards, (void*)"", "usage: text_to_shards", NULL);
+}
+
+static void test_plot_loss(void) {
+    char words[2048];
+    // x from 0 to 10 over 70..940, y from 2 to 4 over 484..20
+    static const char LOG[] =
+        "first line\nstep:0/10 val_loss:4.0 train_time:0ms step_avg:0.00ms\n"
+        "step:5/10 train_loss:3.0 train_time:1000ms step_avg:200.00ms\nstep:6/10 train_loss:nan "
+        "train_time:1200ms step_avg:200.00ms\n"
+        "step:10/10 val_loss:2.0 train_time:2000ms step_avg:200.00ms\nRESULT val_loss:2.0 "
+        "target:3.28\n";
+    write_file(path_of("log.txt"), LOG, sizeof LOG - 1);
+    snprintf(words, sizeof words, "%s --out %s", folder, path_of("a.svg"));
+    const Child* c = child_run(run_plot, words);
+    char wanted[700];
+    snprintf(wanted, sizeof wanted, "%s\n", path_of("a.svg"));
+    test_true("prints the path", c->status == 0 && strcmp(c->out, wanted) == 0);
+    char* svg = read_file(path_of("a.svg"), NULL);
+    test_true("val curve",
+              strstr(svg, "class=\"val\" stroke=\"#0072b2\" d=\"M70.0 20.0L940.0 484.0\"") != NULL);
+    test_true("train curve, without the NaN",
+              strstr(svg, "class=\"train\" stroke=\"#0072b2\" d=\"M505.0 252.0\"") != NULL);
+    test_true("ticks", strstr(svg, "x=\"62\" y=\"488.0\" text-anchor=\"end\">2.0<") &&
+                           strstr(svg, "x=\"62\" y=\"24.0\" text-anchor=\"end\">4.0<") &&
+                           strstr(svg, "x=\"940.0\" y=\"504\" text-anchor=\"middle\">10<"));
+    test_true("legend and axes", strstr(svg, ": val, last 2.0000<") && strstr(svg, ">step<") &&
+                                     strstr(svg, ">loss (nats per token)<"));
+    free(svg);
+
+    FILE* file = fopen(path_of("many & <more>.txt"), "w");
+    for (int i = 1; i <= 1200; i++)
+        fprintf(file, "step:%d/1200 train_loss:%d train_time:%dms step_avg:1.00ms\n", i, i % 3,
+                10 * i);
+    fclose(file);
+    // The name holds spaces, so it goes in by a link without.
+    REQUIRE(symlink(path_of("many & <more>.txt"), path_of("m&<.txt")) == 0, "symlink: %s",
+            strerror(errno));
+    snprintf(words, sizeof words, "--by time --y-max 3 --target 1.5 --out %s %s %s",
+             path_of("b.svg"), path_of("m&<.txt"), path_of("log.txt"));
+    test_true("two logs", child_run(run_plot, words)->status == 0);
+    svg = read_file(path_of("b.svg"), NULL);
+    test_true("thinned by means",
+              strstr(svg, "train, mean of 3 steps") && !strstr(svg, "mean of 1 steps"));
+    test_true("the means",
+              strstr(svg, "d=\"M71.5 484.0L"));    // 1 at 0.02 s, in [1, 3] and [0, 11.99]
+    test_true("by time", strstr(svg, ">training time (s)<") && strstr(svg, ">12<"));
+    test_true("names are escaped", strstr(svg, "m&amp;&lt;.txt") != NULL);
+    test_true("two colours, a target", strstr(svg, "#d55e00") && strstr(svg, "class=\"target\"") &&
+                                           strstr(svg, ">1.5</text>"));
+    free(svg);
+
+    write_file(path_of("empty.txt"), "x\n", 2);
+    snprintf(words, sizeof words, "%s", path_of("empty.txt"));
+    expect_death("no lines", run_plot, words, "no line `step:S/N val_loss",
+                 "is it the log.txt of a run?");
+    expect_death("no log", run_plot, (void*)"", "usage: plot_loss", NULL);
+    expect_death("no such log", run_plot, (void*)"no/log.txt",
+                 "plot_loss: no/log.txt: No such file", NULL);
+    expect_death("a bad axis", run_plot, (void*)"--by loss x",
+                 "--by must be step or time, got 'loss'", NULL);
+    expect_death("a bad number", run_plot, (void*)"--y-max -1 x",
+                 "--y-max wants a number above 0, got '-1'", NULL);
+    snprintf(words, sizeof words, "--y-max 1 %s", path_of("log.txt"));
+    expect_death("nothing below y-max", run_plot, words,
+                 "--y-max 1 is below every loss; the lowest is 2", NULL);
+    snprintf(words, sizeof words, "--out %s/no/a.svg %s", folder, path_of("log.txt"));
+    expect_death("nowhere to write the plot", run_plot, words, "cannot be created: No such file",
+                 NULL);
+    expect_death("too many", run_plot, (void*)"1 2 3 4 5 6 7 8 9", "9 logs; more than 8", NULL);
+}
+
+// ---- main ----------------------------------------------------------------------------------
+
+int main(int argc, char** argv) {
+    program_name = "test_services";
+    const char* temporary = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%.200s/services.XXXXXX", temporary ? temporary : "/tmp");
+    REQUIRE(mkdtemp(folder), "%s: cannot be made: %s", folder, strerror(errno));
+    test_init(argc, argv);
+    if (test_group("common")) test_common();
+    if (test_group("flags")) test_flags();
+    if (test_group("flags: help")) test_help();
+    if (test_group("flags: table")) test_table();
+    if (test_group("recipes")) test_recipes();
+    if (test_group("schedule")) test_schedule();
+    if (test_group("loader")) test_loader();
+    if (test_group("loader: seek")) test_loader_seek();
+    if (test_group("loader: large")) test_loader_large();
+    if (test_group("loader: errors")) test_loader_errors();
+    if (test_group("loader: val")) test_val();
+    if (test_group("safetensors")) test_safetensors();
+    if (test_group("safetensors: errors")) test_safetensors_errors();
+    if (test_group("safetensors: mutations")) test_safetensors_mutations();
+    if (test_group("rng")) test_rng();
+    if (test_group("sampler")) test_sampler();
+    if (test_group("log")) test_log();
+    if (test_group("text_to_shards")) test_text_to_shards();
+    if (test_group("plot_loss")) test_plot_loss();
+    char command[300];
+    snprintf(command, sizeof command, "rm -r '%s'", folder);
+    if (system(command) != 0) fprintf(stderr, "test_services: %s is left over\n", folder);
+    return test_summary();
+}

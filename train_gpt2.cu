@@ -1,0 +1,1032 @@
+/*
+modded-llm.c: trains GPT-2 124M on FineWeb tokens to a validation loss of 3.28, in plain C and CUDA.
+
+Read it in this order: `train` (the run in one screen), `forward` (the model), `backward` (the same
+lines in reverse), `update` (Muon and AdamW). Everything numeric lives in llmc/, one operation per
+header, and the settings of a run live in the files of scripts/recipes.
+
+The model, in the order of the tokens' journey:
+  - token embedding, no position embedding; in some recipes normalised, in one tied to the head
+  - L layers of  x += attention(rms(x)),  x += mlp(rms(x));  RMSNorm without gain
+  - attention: QK-norm, rotary positions, causal, head dim 32, 64 or 128
+  - MLP: ReLU² between a matrix to 4C channels and one back
+  - options of a recipe: U-net skips, a learned mix with the embedding, a learned mix of the values
+    with layer 0's, a softcap on the logits
+  - matrices are trained by Muon, tables and scalars by AdamW
+The same file is compiled by nvcc for a GPU, and by g++ against llmc/host, which executes the very
+same kernels on a CPU.
+
+Letters: B sequences of T tokens in a micro-batch, N = B*T rows, C channels, H heads of D = C/H,
+F = 4C, V columns of the vocabulary (padded), L layers.
+
+How to run:  ./train_gpt2 --help
+*/
+#include <math.h>
+#include <signal.h>
+#include <unistd.h>
+#include "llmc/common.h"
+#include "llmc/flags.h"
+#include "llmc/schedule.h"
+#include "llmc/rng.h"
+#include "llmc/dataloader.h"
+#include "llmc/safetensors.h"
+#include "llmc/log.h"
+#include "llmc/sampler.h"
+#include "llmc/device.cuh"
+#include "llmc/matmul.cuh"
+#include "llmc/init.cuh"
+#include "llmc/embedding.cuh"
+#include "llmc/rmsnorm.cuh"
+#include "llmc/rotary.cuh"
+#include "llmc/attention.cuh"
+#include "llmc/relu2.cuh"
+#include "llmc/mix.cuh"
+#include "llmc/loss.cuh"
+#include "llmc/norm.cuh"
+#include "llmc/adamw.cuh"
+#include "llmc/muon.cuh"
+
+#ifndef GIT_COMMIT
+#define GIT_COMMIT "unknown"
+#endif
+
+// Tests look at intermediate tensors through this hook; in the trainer it is nothing.
+#ifdef TRAIN_GPT2_NO_MAIN
+static void (*probe)(const char* name, int layer, const floatX* tensor, int rows, int cols, int ld);
+#define PROBE(name, layer, tensor, rows, cols, ld)                                                 \
+    do { if (probe) probe(name, layer, tensor, rows, cols, ld); } while (0)
+#else
+#define PROBE(name, layer, tensor, rows, cols, ld) do { } while (0)
+#endif
+
+enum { MAX_LAYERS = 64, GPT2_END = 50256 };   // GPT2_END: end of text in GPT-2's vocabulary
+
+// ---- parameters: the model is data ------------------------------------------------------------
+
+// A bank is a run of equal-shape tensors in memory, and the unit of everything that is not forward or
+// backward: allocation, optimizer, checkpoint. The four square matrices of a layer lie side by
+// side, so that Q, K and V are one (3C, C) matrix to the matmul and 4L problems of one shape to Muon.
+typedef enum { BANK_EMBED, BANK_HEAD, BANK_ATTN, BANK_MLP, BANK_LAMBDAS, BANK_LAMB, BANK_SKIP, BANKS } BankId;
+typedef enum { SIZE_1, SIZE_2, SIZE_C, SIZE_F, SIZE_V, SIZE_HALF_L } Size;
+typedef enum { INIT_ZERO, INIT_ONE, INIT_HALF, INIT_ONE_ZERO, INIT_FAN_IN, INIT_EMBED, INIT_HEAD } Init;
+typedef enum { ALWAYS, UNTIED, X0_MIX, VALUE_RESIDUAL, SKIPS } Feature;
+typedef enum { TABLE, MATRIX, SCALAR } Kind;    // TABLE, SCALAR: AdamW. MATRIX: Muon
+
+typedef struct ParamRow {
+    const char* name;       // in checkpoints; %d is the layer
+    BankId bank;
+    int slot;               // place within a layer's share of the bank
+    Size rows, cols;        // y = x wᵀ: rows are outputs, cols inputs
+    int transposed;         // lies in memory as (cols, rows), so that its bank has one shape
+    Init init;
+    Feature needs;
+} ParamRow;
+
+typedef enum { WTE, LM_HEAD, ATTN_Q, ATTN_K, ATTN_V, ATTN_PROJ, MLP_FC, MLP_PROJ, LAMBDAS, LAMB, SKIP_WEIGHTS,
+               PARAMS } ParamId;
+
+static const ParamRow PARAM_TABLE[PARAMS] = {
+    // name                         bank      slot  rows    cols  transposed  init         needs
+    {"wte.weight",                  BANK_EMBED,   0, SIZE_V, SIZE_C,      0, INIT_EMBED,    ALWAYS},
+    {"lm_head.weight",              BANK_HEAD,    0, SIZE_V, SIZE_C,      0, INIT_HEAD,     UNTIED},
+    {"h.%d.attn.c_q.weight",        BANK_ATTN,    0, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_k.weight",        BANK_ATTN,    1, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_v.weight",        BANK_ATTN,    2, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_proj.weight",     BANK_ATTN,    3, SIZE_C, SIZE_C,      0, INIT_ZERO,     ALWAYS},
+    {"h.%d.mlp.c_fc.weight",        BANK_MLP,     0, SIZE_F, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.mlp.c_proj.weight",      BANK_MLP,     1, SIZE_C, SIZE_F,      1, INIT_ZERO,     ALWAYS},
+    {"h.%d.lambdas",                BANK_LAMBDAS, 0, SIZE_1, SIZE_2,      0, INIT_ONE_ZERO, X0_MIX},
+    {"h.%d.attn.lamb",              BANK_LAMB,    0, SIZE_1, SIZE_1,      0, INIT_HALF,     VALUE_RESIDUAL},
+    {"skip_weights",                BANK_SKIP,    0, SIZE_1, SIZE_HALF_L, 0, INIT_ONE,      SKIPS},
+};
+
+typedef struct Bank {
+    Kind kind;
+    int bf16;               // the recipe keeps value and optimizer state in bf16, without a finer master
+    int slots, copies;      // tensors per layer (or 1), tensors in all
+    int rows, cols;         // shape in memory of each
+    size_t stride, n;       // elements from one tensor to the next (a multiple of 8), and in all
+    floatX* p;              // what forward and backward read
+    float* master;          // fp32 value behind p: p itself in the fp32 build, NULL for tables kept in bf16
+    float *g, *m, *v;       // gradient, first moment (Muon: momentum), second moment (AdamW only)
+} Bank;
+
+// ---- activations ------------------------------------------------------------------------------
+
+// Every buffer of forward and backward, once. Rows marked `saved` live from forward to backward; the
+// others are scratch. What backward can rebuild cheaply is not saved: the input of ReLU² (the root
+// of its output), the mixed values, the residual stream unless a recipe trains its mixing weights.
+//     type    name      copies              elements       saved  content
+#define ACTS(A)                                                                                                   \
+    A(floatX,  emb,      cfg->embed_norm,    N * C,         0)   /* wte[token], before its norm */                \
+    A(float,   emb_rstd, cfg->embed_norm,    N,             1)                                                    \
+    A(floatX,  x,        streams,            N * C,         1)   /* stream entering layer l; x[L] after the last */ \
+    A(floatX,  mid,      1,                  N * C,         0)   /* stream inside a layer */                      \
+    A(floatX,  skip_out, cfg->skips,         N * C,         1)   /* output of layer L/2-1: source of the first skip */ \
+    A(floatX,  ln1,      L,                  N * C,         1)                                                    \
+    A(float,   ln1_rstd, L,                  N,             1)                                                    \
+    A(floatX,  qkv,      L,                  N * 3 * C,     1)   /* q, k normed and rotated; v as projected */    \
+    A(float,   qk_rstd,  L,                  N * 2 * H,     1)                                                    \
+    A(floatX,  v,        cfg->value_residual, N * C,        0)   /* v mixed with layer 0's */                     \
+    A(floatX,  att,      L,                  N * C,         1)                                                    \
+    A(float,   lse,      L,                  N * H,         1)                                                    \
+    A(floatX,  ln2,      L,                  N * C,         1)                                                    \
+    A(float,   ln2_rstd, L,                  N,             1)                                                    \
+    A(floatX,  fc,       1,                  N * F,         0)                                                    \
+    A(floatX,  relu,     L,                  N * F,         1)                                                    \
+    A(floatX,  branch,   1,                  N * C,         0)   /* what attention or MLP adds to the stream */   \
+    A(floatX,  lnf,      1,                  N * C,         1)                                                    \
+    A(float,   lnf_rstd, 1,                  N,             1)                                                    \
+    A(floatX,  logits,   1,                  R * V,         0)   /* R rows at a time; then their gradient */      \
+    A(float,   losses,   1,                  N,             0)                                                    \
+    A(floatX,  dx,       1,                  N * C,         0)   /* gradient of the stream */                     \
+    A(floatX,  dln,      1,                  N * C,         0)                                                    \
+    A(floatX,  dfc,      1,                  N * F,         0)                                                    \
+    A(floatX,  datt,     1,                  N * C,         0)                                                    \
+    A(float,   delta,    1,                  N * H,         0)                                                    \
+    A(floatX,  dqkv,     1,                  N * 3 * C,     0)                                                    \
+    A(floatX,  dv0,      cfg->value_residual, N * C,        0)   /* gradient of layer 0's values through the mixes */ \
+    A(floatX,  dx0,      cfg->x0_mix,        N * C,         0)   /* gradient of the embedding through the mixes */ \
+    A(floatX,  dskip,    cfg->skips * L / 2, N * C,         0)   /* gradient of layer l's output through its skip */ \
+    A(float,   cos,      1,                  T * D / 2,     0)                                                    \
+    A(float,   sin,      1,                  T * D / 2,     0)                                                    \
+    A(float,   reduce,   1,                  reduce_floats, 0)   /* partial sums of norms and scalar gradients */
+
+typedef struct Acts {
+#define FIELD(type, name, copies, elements, saved) type* name[MAX_LAYERS + 1];
+    ACTS(FIELD)
+#undef FIELD
+} Acts;
+
+// ---- the model ---------------------------------------------------------------------------------
+
+typedef struct Layer {
+    int skip_from;          // layer whose output is added to the stream on entry, or -1
+    int skip_index;         // its place in skip_weights
+    int is_skip_source;
+} Layer;
+
+typedef struct Memory { const char* name; size_t bytes; } Memory;
+enum { MAX_MEMORY = 24, MAX_ALLOCATIONS = 32 * MAX_LAYERS };
+
+typedef struct Model {
+    const Settings* cfg;
+    int B, T, C, H, D, F, V, L, R;   // R: rows of logits that exist at a time
+    size_t reduce_floats;            // partial sums that the largest reduction needs
+    Layer plan[MAX_LAYERS + 1];      // plan[L] is the way out: no skip
+    Bank banks[BANKS];
+    Acts acts;
+    EmbeddingIndex index;            // positions of each distinct token, for the embedding's backward
+    int *tokens, *targets;           // (N) on the device
+    int *tokens_host, *targets_host; // (N) pinned
+    float* stats;                    // device: loss sum, sum of squared gradients, non-finite gradients, 1.0
+    float* stats_host;               // pinned: the same, then the loss sum of each micro-step
+    int micro_steps;                 // micro-batches in an optimizer step
+    cudaEvent_t uploaded;            // the pinned tokens may be overwritten
+    void* muon_scratch;
+    size_t muon_scratch_bytes;
+    Matmul matmul;
+    cudaStream_t stream;
+    Memory memory[MAX_MEMORY];       // what was allocated for what
+    int memories;
+    void* allocation[MAX_ALLOCATIONS];
+    int allocations;
+} Model;
+
+static const double GIB = 1073741824.0;
+
+enum { STAT_LOSS, STAT_NORM2, STAT_NONFINITE, STAT_ONE, STATS };
+
+static void device_count(Model* m, const char* name, size_t bytes) {
+    int i = 0;
+    while (i < m->memories && strcmp(m->memory[i].name, name) != 0) i++;
+    if (i == m->memories) {
+        REQUIRE(m->memories < MAX_MEMORY, "more than %d kinds of memory", MAX_MEMORY);
+        m->memory[m->memories++] = {name, 0};
+    }
+    m->memory[i].bytes += bytes;
+}
+
+// All device memory of the trainer comes through here, so that the printed table is the truth.
+static void* device_alloc(Model* m, const char* name, size_t bytes) {
+    device_count(m, name, bytes);
+    if (bytes == 0 || m->cfg->dry_run) return NULL;
+    REQUIRE(m->allocations < MAX_ALLOCATIONS, "more than %d device allocations", MAX_ALLOCATIONS);
+    void* p = NULL;
+    if (cudaMalloc(&p, bytes) != cudaSuccess) {
+        size_t free_bytes = 0, total_bytes = 0;
+        cudaMemGetInfo(&free_bytes, &total_bytes);
+        die("out of memory: %s need %.2f GiB more, %.2f of %.2f GiB are free\n"
+            "try a smaller --micro-batch (now %d); --dry-run prints the whole table", name, bytes / GIB,
+            free_bytes / GIB, total_bytes / GIB, m->B);
+    }
+    m->allocation[m->allocations++] = p;
+    return p;
+}
+
+static int feature_on(const Settings* cfg, Feature feature) {
+    switch (feature) {
+        case ALWAYS: return 1;
+        case UNTIED: return cfg->head == FLAG_HEAD_UNTIED;
+        case X0_MIX: return cfg->x0_mix != 0;
+        case VALUE_RESIDUAL: return cfg->value_residual != 0;
+        case SKIPS: return cfg->skips != 0;
+    }
+    return 0;
+}
+
+static int size_of(const Model* m, Size size) {
+    switch (size) {
+        case SIZE_1: return 1;
+        case SIZE_2: return 2;
+        case SIZE_C: return m->C;
+        case SIZE_F: return m->F;
+        case SIZE_V: return m->V;
+        case SIZE_HALF_L: return m->L / 2;
+    }
+    return 0;
+}
+
+static int param_copies(const Model* m, ParamId id) {
+    const ParamRow* row = &PARAM_TABLE[id];
+    if (!feature_on(m->cfg, row->needs)) return 0;
+    return strstr(row->name, "%d") ? m->L : 1;
+}
+
+// Offset of a tensor in its bank, in elements.
+static size_t param_offset(const Model* m, ParamId id, int layer) {
+    const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+    return ((size_t)layer * bank->slots + PARAM_TABLE[id].slot) * bank->stride;
+}
+static const floatX* weight(const Model* m, ParamId id, int layer) {
+    return m->banks[PARAM_TABLE[id].bank].p + param_offset(m, id, layer);
+}
+static const float* scalar(const Model* m, ParamId id, int layer) {   // scalars are read in fp32
+    return m->banks[PARAM_TABLE[id].bank].master + param_offset(m, id, layer);
+}
+static float* grad(const Model* m, ParamId id, int layer) {
+    return m->banks[PARAM_TABLE[id].bank].g + param_offset(m, id, layer);
+}
+// The output head: its own matrix, or the embedding's.
+static ParamId head_id(const Model* m) { return m->cfg->head == FLAG_HEAD_TIED ? WTE : LM_HEAD; }
+
+static void banks_build(Model* m) {
+    for (int id = 0; id < PARAMS; id++) {
+        const ParamRow* row = &PARAM_TABLE[id];
+        int copies = param_copies(m, (ParamId)id);
+        if (copies == 0) continue;
+        Bank* bank = &m->banks[row->bank];
+        bank->rows = size_of(m, row->transposed ? row->cols : row->rows);
+        bank->cols = size_of(m, row->transposed ? row->rows : row->cols);
+        bank->kind = bank->rows == 1 ? SCALAR : row->rows == SIZE_V ? TABLE : MATRIX;
+        bank->bf16 = m->cfg->bf16_tables && (bank->kind == SCALAR || row->bank == BANK_EMBED);
+        bank->slots = row->slot + 1;
+        bank->copies += copies;
+        bank->stride = ceil_div((size_t)bank->rows * bank->cols, 8) * 8;
+        bank->n = bank->stride * bank->copies;
+    }
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        if (bank->n == 0) continue;
+        int adam = bank->kind != MATRIX || m->cfg->optimizer == FLAG_OPTIMIZER_ADAMW;
+        bank->p = (floatX*)device_alloc(m, "weights", bank->n * sizeof(floatX));
+        bank->g = (float*)device_alloc(m, "gradients", bank->n * sizeof(float));
+        bank->m = (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", bank->n * sizeof(float));
+        if (adam) bank->v = (float*)device_alloc(m, "Adam v", bank->n * sizeof(float));
+        if (!FLOATX_IS_BF16) bank->master = (float*)bank->p;
+        else if (!(bank->bf16 && bank->kind == TABLE))
+            bank->master = (float*)device_alloc(m, "master weights", bank->n * sizeof(float));
+    }
+}
+
+// How far the rows of logits that exist at a time may reach: 256 MiB keeps the matmul large and the
+// buffer small beside the activations.
+static int logit_rows(int N, int V) {
+    size_t rows = ((size_t)256 << 20) / ((size_t)V * sizeof(floatX));
+    return rows < 1 ? 1 : rows < (size_t)N ? (int)rows : N;
+}
+
+static void acts_build(Model* m) {
+    const Settings* cfg = m->cfg;
+    size_t T = m->T, N = (size_t)m->B * m->T, C = m->C, H = m->H, D = m->D, F = m->F, V = m->V, L = m->L, R = m->R;
+    // Backward wants the stream only in recipes that train a weight on it; and the embedding, if it was normed.
+    size_t streams = cfg->x0_mix || cfg->skips ? L + 1 : cfg->embed_norm ? 2 : 1;
+    size_t reduce_floats = m->reduce_floats;
+    Acts* a = &m->acts;
+#define PLACE(type, name, copies, elements, saved)                                                  \
+    for (size_t i = 0; i < (size_t)(copies); i++)                                                  \
+        a->name[i] = (type*)device_alloc(m, saved ? "activations" : "scratch", (size_t)(elements) * sizeof(type));
+    ACTS(PLACE)
+#undef PLACE
+    for (size_t l = streams; l <= L; l++) a->x[l] = a->x[streams - 1];
+    m->tokens = (int*)device_alloc(m, "scratch", N * sizeof(int));
+    m->targets = (int*)device_alloc(m, "scratch", N * sizeof(int));
+    m->stats = (float*)device_alloc(m, "scratch", STATS * sizeof(float));
+}
+
+// U-net: the outputs of the first half of the layers are added, last first, on entry to the second.
+static void plan_build(Model* m) {
+    for (int l = 0; l <= m->L; l++) m->plan[l] = {-1, 0, 0};
+    if (!m->cfg->skips) return;
+    for (int l = m->L / 2; l < m->L; l++) {
+        int from = m->L - 1 - l;
+        m->plan[l].skip_from = from;
+        m->plan[l].skip_index = l - m->L / 2;
+        m->plan[from].is_skip_source = 1;
+    }
+}
+
+// Every tensor has its own random stream, so that a value depends on the seed, the tensor and the place
+// in it, and on nothing else.
+static void params_init(Model* m) {
+    const Settings* cfg = m->cfg;
+    for (int id = 0; id < PARAMS; id++) {
+        const ParamRow* row = &PARAM_TABLE[id];
+        Bank* bank = &m->banks[row->bank];
+        int copies = param_copies(m, (ParamId)id);
+        float fan_in = 1.0f / sqrtf((float)size_of(m, row->cols));
+        for (int layer = 0; layer < copies; layer++) {
+            size_t offset = param_offset(m, (ParamId)id, layer), n = (size_t)bank->rows * bank->cols;
+            floatX* p = bank->p + offset;
+            float* master = bank->master ? bank->master + offset : NULL;
+            uint32_t rng = RNG_INIT_STREAM + (uint32_t)(id * MAX_LAYERS + layer);
+            switch (row->init) {
+                case INIT_ZERO: break;
+                case INIT_ONE: init_uniform(p, master, n, 1, 1, bank->bf16, cfg->seed, rng, m->stream); break;
+                case INIT_HALF: init_uniform(p, master, n, 0.5f, 0.5f, bank->bf16, cfg->seed, rng, m->stream); break;
+                case INIT_ONE_ZERO: init_uniform(p, master, 1, 1, 1, bank->bf16, cfg->seed, rng, m->stream); break;
+                case INIT_FAN_IN: init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream); break;
+                case INIT_EMBED:
+                    if (cfg->init_embed == FLAG_INIT_NORMAL) init_normal(p, master, n, bank->bf16, cfg->seed, rng, m->stream);
+                    else init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream);
+                    break;
+                case INIT_HEAD:
+                    if (cfg->init_head == FLAG_INIT_HEAD_UNIFORM)
+                        init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream);
+                    break;
+            }
+        }
+    }
+}
+
+// Sizes, plan and memory. Under --dry-run the memory is counted and not taken.
+static void model_build(Model* m, const Settings* cfg) {
+    memset(m, 0, sizeof *m);
+    m->cfg = cfg;
+    m->B = (int)cfg->micro_batch, m->T = (int)cfg->seq_len, m->C = (int)cfg->channels, m->H = (int)cfg->heads;
+    m->D = m->C / m->H, m->F = 4 * m->C, m->V = (int)cfg->vocab, m->L = (int)cfg->layers;
+    m->R = logit_rows(m->B * m->T, m->V);
+    REQUIRE(m->L <= MAX_LAYERS, "--layers %d is more than the %d this program has tables for", m->L, MAX_LAYERS);
+    plan_build(m);
+    banks_build(m);
+    size_t largest = 0;
+    for (int b = 0; b < BANKS; b++) if (m->banks[b].n > largest) largest = m->banks[b].n;
+    size_t norm = grad_norm_scratch_floats(largest), mix = mix_scratch_floats(m->B * m->T, m->C);
+    m->reduce_floats = norm > mix ? norm : mix;
+    acts_build(m);
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        if (bank->n == 0 || bank->kind != MATRIX || cfg->optimizer == FLAG_OPTIMIZER_ADAMW) continue;
+        size_t bytes = muon_scratch_bytes(bank->copies, bank->rows, bank->cols);
+        if (bytes > m->muon_scratch_bytes) m->muon_scratch_bytes = bytes;
+    }
+    m->muon_scratch = device_alloc(m, "Newton-Schulz", m->muon_scratch_bytes);
+    device_count(m, "matmul workspace", MATMUL_WORKSPACE_BYTES);
+    device_count(m, "scratch", embedding_index_bytes(m->B * m->T, m->C));
+}
+
+static void zero_fill(Model* m, void* p, size_t bytes) {
+    if (p) CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, m->stream));
+}
+
+// Stream, library, host buffers, and the first values of everything.
+static void model_start(Model* m) {
+    const Settings* cfg = m->cfg;
+    size_t T = m->T, D = m->D, N = (size_t)m->B * m->T;
+    CUDA_CHECK(cudaStreamCreate(&m->stream));
+    CUDA_CHECK(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
+    matmul_init(&m->matmul, m->stream);
+    embedding_index_init(&m->index, (int)N, m->V, m->C);
+    m->micro_steps = (int)(cfg->batch_tokens / (int64_t)N);
+    CUDA_CHECK(cudaMallocHost((void**)&m->tokens_host, N * sizeof(int)));
+    CUDA_CHECK(cudaMallocHost((void**)&m->targets_host, N * sizeof(int)));
+    CUDA_CHECK(cudaMallocHost((void**)&m->stats_host, (STATS + (size_t)m->micro_steps) * sizeof(float)));
+    float one = 1.0f;
+    CUDA_CHECK(cudaMemcpy(m->stats + STAT_ONE, &one, sizeof one, cudaMemcpyHostToDevice));
+
+    float* cosines = (float*)host_alloc(T * D, sizeof(float));
+    float* sines = cosines + T * D / 2;
+    rotary_tables(cosines, sines, (int)T, (int)D, (float)cfg->rotary_base, cfg->rotary_round_bf16);
+    CUDA_CHECK(cudaMemcpy(m->acts.cos[0], cosines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(m->acts.sin[0], sines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
+    free(cosines);
+
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        zero_fill(m, bank->p, bank->n * sizeof(floatX));
+        zero_fill(m, bank->master, bank->n * sizeof(float));
+        zero_fill(m, bank->g, bank->n * sizeof(float));
+        zero_fill(m, bank->m, bank->n * sizeof(float));
+        zero_fill(m, bank->v, bank->n * sizeof(float));
+    }
+    params_init(m);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+}
+
+static void model_free(Model* m) {
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    for (int i = 0; i < m->allocations; i++) CUDA_CHECK(cudaFree(m->allocation[i]));
+    embedding_index_free(&m->index);
+    matmul_free(&m->matmul);
+    CUDA_CHECK(cudaFreeHost(m->tokens_host));
+    CUDA_CHECK(cudaFreeHost(m->targets_host));
+    CUDA_CHECK(cudaFreeHost(m->stats_host));
+    CUDA_CHECK(cudaEventDestroy(m->uploaded));
+    CUDA_CHECK(cudaStreamDestroy(m->stream));
+}
+
+static float attention_scale(const Model* m) {
+    return m->cfg->attn_scale > 0 ? (float)m->cfg->attn_scale : 1.0f / sqrtf((float)m->D);
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+
+// What layer l left in the stream; only for layers whose output a skip reads.
+static floatX* skip_source(Model* m, int l) {
+    return m->plan[l + 1].skip_from == l ? m->acts.skip_out[0] : m->acts.x[l + 1];
+}
+
+// Enters layer l (l = L: the way out) with the stream x + r, r being what the MLP before adds (NULL
+// at the first layer, where x is already in place): adds the skip, mixes in the embedding, normalises.
+// Returns the stream inside the layer.
+static const floatX* layer_enter(Model* m, int l, const floatX* x, const floatX* r, int N) {
+    Acts* a = &m->acts;
+    Layer plan = m->plan[l];
+    int C = m->C, mixes = m->cfg->x0_mix && l < m->L;
+    float eps = (float)m->cfg->norm_eps;
+    cudaStream_t s = m->stream;
+    floatX* y = l < m->L ? a->ln1[l] : a->lnf[0];
+    float* rstd = l < m->L ? a->ln1_rstd[l] : a->lnf_rstd[0];
+
+    if (r && plan.skip_from < 0 && !mixes) {                                    // the plain case is one pass
+        residual_rmsnorm_forward(a->x[l], y, rstd, x, r, N, C, eps, s);
+        PROBE("out", l - 1, a->x[l], N, C, C);
+        return a->x[l];
+    }
+    if (r) {
+        floatX* out = plan.skip_from == l - 1 ? a->skip_out[0] : a->x[l];
+        residual_add(out, x, r, (size_t)N * C, s);
+        PROBE("out", l - 1, out, N, C, C);
+        if (plan.skip_from >= 0)
+            mix_forward(a->x[l], out, skip_source(m, plan.skip_from), scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index,
+                        MIX_SKIP, N, C, C, C, C, s);
+    }
+    const floatX* inside = a->x[l];
+    PROBE("in", l, inside, N, C, C);
+    if (mixes) {
+        mix_forward(a->mid[0], inside, a->x[0], scalar(m, LAMBDAS, l), MIX_PAIR, N, C, C, C, C, s);
+        inside = a->mid[0];
+        PROBE("mix", l, inside, N, C, C);
+    }
+    rmsnorm_forward(y, rstd, inside, N, C, eps, s);
+    return inside;
+}
+
+// The values of layer l as attention reads them, and their row stride: as projected, or mixed with layer 0's.
+static const floatX* layer_values(Model* m, int l, int N, int* ld) {
+    Acts* a = &m->acts;
+    int C = m->C;
+    const floatX* v = a->qkv[l] + 2 * C;
+    *ld = 3 * C;
+    if (!m->cfg->value_residual || l == 0) return v;
+    mix_forward(a->v[0], v, a->qkv[0] + 2 * C, scalar(m, LAMB, l), MIX_LERP, N, C, C, 3 * C, 3 * C, m->stream);
+    *ld = C;
+    return a->v[0];
+}
+
+// acts.lnf = the normed stream after the last layer, for B sequences of T tokens in m->tokens.
+static void forward(Model* m, int B, int T) {
+    const Settings* cfg = m->cfg;
+    Acts* a = &m->acts;
+    int N = B * T, C = m->C, H = m->H, D = m->D, F = m->F, ldv;
+    float attn_scale = attention_scale(m);
+    cudaStream_t s = m->stream;
+    Matmul* mm = &m->matmul;
+
+    if (cfg->embed_norm) {
+        embedding_forward(a->emb[0], weight(m, WTE, 0), m->tokens, N, C, s);                       // (N, C)
+        rmsnorm_forward(a->x[0], a->emb_rstd[0], a->emb[0], N, C, (float)cfg->norm_eps, s);        // (N, C)
+    } else {
+        embedding_forward(a->x[0], weight(m, WTE, 0), m->tokens, N, C, s);                         // (N, C)
+    }
+    PROBE("x0", 0, a->x[0], N, C, C);
+    const floatX* x = a->x[0];
+    for (int l = 0; l < m->L; l++) {
+        x = layer_enter(m, l, x, l ? a->branch[0] : NULL, N);                                      // ln1 (N, C)
+        matmul_nt(a->qkv[l], a->ln1[l], weight(m, ATTN_Q, l), N, 3 * C, C, mm, s);                 // (N, 3C)
+        PROBE("qkv", l, a->qkv[l], N, 3 * C, 3 * C);
+        qknorm_rotary_forward(a->qkv[l], a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C,
+                              (float)cfg->qk_norm_eps, cfg->qk_order == FLAG_QK_NORM_FIRST, s);
+        const floatX* v = layer_values(m, l, N, &ldv);
+        PROBE("v_mix", l, v, N, C, ldv);
+        attention_forward(a->att[l], a->lse[l], a->qkv[l], a->qkv[l] + C, v, B, T, H, D, 3 * C, ldv, attn_scale, s);
+        matmul_nt(a->branch[0], a->att[l], weight(m, ATTN_PROJ, l), N, C, C, mm, s);               // (N, C)
+        PROBE("attn_out", l, a->branch[0], N, C, C);
+        residual_rmsnorm_forward(a->mid[0], a->ln2[l], a->ln2_rstd[l], x, a->branch[0], N, C, (float)cfg->norm_eps, s);
+        PROBE("after_attn", l, a->mid[0], N, C, C);
+        x = a->mid[0];
+        matmul_nt(a->fc[0], a->ln2[l], weight(m, MLP_FC, l), N, F, C, mm, s);                      // (N, F)
+        PROBE("fc", l, a->fc[0], N, F, F);
+        relu2_forward(a->relu[l], a->fc[0], (size_t)N * F, s);                                     // (N, F)
+        matmul_nn(a->branch[0], a->relu[l], weight(m, MLP_PROJ, l), N, C, F, mm, s);               // (N, C)
+        PROBE("mlp_out", l, a->branch[0], N, C, C);
+    }
+    layer_enter(m, m->L, x, a->branch[0], N);                                                      // lnf (N, C)
+}
+
+// Loss of the N rows in acts.lnf, added up in stats[STAT_LOSS]. With `train`, also the gradients of the
+// head and of lnf (into acts.dln), scaled by grad_scale. The logits of R rows exist at a time.
+static void classify(Model* m, int N, bool train, float grad_scale, bool first) {
+    const Settings* cfg = m->cfg;
+    Acts* a = &m->acts;
+    int C = m->C, V = m->V;
+    cudaStream_t s = m->stream;
+    const floatX* head = weight(m, head_id(m), 0);
+    for (int row = 0; row < N; row += m->R) {
+        int rows = N - row < m->R ? N - row : m->R;
+        const floatX* x = a->lnf[0] + (size_t)row * C;
+        matmul_nt(a->logits[0], x, head, rows, V, C, &m->matmul, s);                               // (rows, V)
+        PROBE("logits", row, a->logits[0], rows, V, V);
+        cross_entropy(a->logits[0], a->losses[0] + row, m->targets + row, rows, V, (SoftcapKind)cfg->softcap,
+                      (float)cfg->softcap_value, grad_scale, train, s);
+        if (!train) continue;
+        PROBE("dlogits", row, a->logits[0], rows, V, V);
+        matmul_nn(a->dln[0] + (size_t)row * C, a->logits[0], head, rows, C, V, &m->matmul, s);     // (rows, C)
+        matmul_tn(grad(m, head_id(m), 0), a->logits[0], x, V, C, rows, first && row == 0 ? 0.0f : 1.0f, &m->matmul, s);
+    }
+    loss_sum(m->stats + STAT_LOSS, a->losses[0], N, s);
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+
+// Adds the gradients of this micro-batch to the banks' g (or sets them, if it is the step's first).
+static void backward(Model* m, int B, int T, bool first) {
+    const Settings* cfg = m->cfg;
+    Acts* a = &m->acts;
+    int N = B * T, C = m->C, H = m->H, D = m->D, F = m->F, ldv;
+    float attn_scale = attention_scale(m), beta = first ? 0.0f : 1.0f;
+    size_t stream_bytes = (size_t)N * C * sizeof(floatX);
+    cudaStream_t s = m->stream;
+    Matmul* mm = &m->matmul;
+    floatX *dx = a->dx[0], *dln = a->dln[0], *dqkv = a->dqkv[0];
+
+    if (cfg->x0_mix) CUDA_CHECK(cudaMemsetAsync(a->dx0[0], 0, stream_bytes, s));
+    if (cfg->value_residual) CUDA_CHECK(cudaMemsetAsync(a->dv0[0], 0, stream_bytes, s));
+
+    rmsnorm_backward(dx, dln, a->lnf[0], a->lnf_rstd[0], N, C, false, s);                          // (N, C)
+    for (int l = m->L - 1; l >= 0; l--) {
+        Layer plan = m->plan[l];
+        if (plan.is_skip_source) residual_add(dx, dx, a->dskip[l], (size_t)N * C, s);
+        PROBE("dout", l, dx, N, C, C);
+        // MLP
+        matmul_tn(grad(m, MLP_PROJ, l), a->relu[l], dx, F, C, N, beta, mm, s);                     // (F, C)
+        matmul_nt(a->dfc[0], dx, weight(m, MLP_PROJ, l), N, F, C, mm, s);                          // (N, F)
+        relu2_backward(a->dfc[0], a->dfc[0], a->relu[l], (size_t)N * F, s);                        // (N, F)
+        matmul_tn(grad(m, MLP_FC, l), a->dfc[0], a->ln2[l], F, C, N, beta, mm, s);                 // (F, C)
+        matmul_nn(dln, a->dfc[0], weight(m, MLP_FC, l), N, C, F, mm, s);                           // (N, C)
+        rmsnorm_backward(dx, dln, a->ln2[l], a->ln2_rstd[l], N, C, true, s);                       // (N, C)
+        // attention
+        matmul_tn(grad(m, ATTN_PROJ, l), dx, a->att[l], C, C, N, beta, mm, s);                     // (C, C)
+        matmul_nn(a->datt[0], dx, weight(m, ATTN_PROJ, l), N, C, C, mm, s);                        // (N, C)
+        const floatX* v = layer_values(m, l, N, &ldv);
+        attention_backward(dqkv, dqkv + C, dqkv + 2 * C, a->delta[0], a->datt[0], a->att[l], a->lse[l], a->qkv[l],
+                           a->qkv[l] + C, v, B, T, H, D, 3 * C, ldv, 3 * C, 3 * C, attn_scale, s); // (N, 3C)
+        if (cfg->value_residual) {
+            floatX* dv = dqkv + 2 * C;
+            if (l > 0) mix_backward(dv, a->dv0[0], grad(m, LAMB, l), dv, a->qkv[l] + 2 * C, a->qkv[0] + 2 * C,
+                                    scalar(m, LAMB, l), MIX_LERP, N, C, 3 * C, C, 3 * C, 3 * C, 3 * C, a->reduce[0], s);
+            else mix_forward(dv, dv, a->dv0[0], m->stats + STAT_ONE, MIX_SKIP, N, C, 3 * C, 3 * C, C, s);   // sum
+            PROBE("dv", l, dv, N, C, 3 * C);
+        }
+        qknorm_rotary_backward(dqkv, a->qkv[l], a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C, 3 * C,
+                               cfg->qk_order == FLAG_QK_NORM_FIRST, s);
+        matmul_tn(grad(m, ATTN_Q, l), dqkv, a->ln1[l], 3 * C, C, N, beta, mm, s);                  // (3C, C)
+        matmul_nn(dln, dqkv, weight(m, ATTN_Q, l), N, C, 3 * C, mm, s);                            // (N, C)
+        rmsnorm_backward(dx, dln, a->ln1[l], a->ln1_rstd[l], N, C, true, s);                       // (N, C)
+        // what layer_enter did
+        if (cfg->x0_mix)
+            mix_backward(dx, a->dx0[0], grad(m, LAMBDAS, l), dx, a->x[l], a->x[0], scalar(m, LAMBDAS, l), MIX_PAIR,
+                         N, C, C, C, C, C, C, a->reduce[0], s);
+        if (plan.skip_from >= 0) {
+            CUDA_CHECK(cudaMemsetAsync(a->dskip[plan.skip_from], 0, stream_bytes, s));
+            mix_backward(NULL, a->dskip[plan.skip_from], grad(m, SKIP_WEIGHTS, 0) + plan.skip_index, dx, NULL,
+                         skip_source(m, plan.skip_from), scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index, MIX_SKIP,
+                         N, C, C, C, C, C, C, a->reduce[0], s);
+        }
+    }
+    if (cfg->x0_mix) residual_add(dx, dx, a->dx0[0], (size_t)N * C, s);
+    if (cfg->embed_norm) rmsnorm_backward(dx, dx, a->x[0], a->emb_rstd[0], N, C, false, s);        // (N, C)
+    PROBE("demb", 0, dx, N, C, C);
+    embedding_backward(grad(m, WTE, 0), dx, &m->index, C, s);
+}
+
+// Gradients that are added to, not written, by the kernels that make them start a step at zero.
+static void zero_gradients(Model* m) {
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        int added = bank->kind == SCALAR || (b == BANK_EMBED && m->cfg->head != FLAG_HEAD_TIED);
+        if (bank->n && added) CUDA_CHECK(cudaMemsetAsync(bank->g, 0, bank->n * sizeof(float), m->stream));
+    }
+}
+
+// ---- update ------------------------------------------------------------------------------------
+
+static float bank_lr(const Settings* cfg, BankId b) {
+    if (cfg->optimizer == FLAG_OPTIMIZER_ADAMW) return (float)cfg->adamw_lr;
+    switch (b) {
+        case BANK_EMBED: return (float)cfg->embed_lr;
+        case BANK_HEAD: return (float)cfg->head_lr;
+        case BANK_ATTN: case BANK_MLP: return (float)cfg->muon_lr;
+        default: return (float)cfg->scalar_lr;
+    }
+}
+
+// step counts from 1. Reads g, changes p, master and the optimizer's state.
+static void update(Model* m, int64_t step, Schedule now) {
+    const Settings* cfg = m->cfg;
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        if (bank->n == 0) continue;
+        float lr = bank_lr(cfg, (BankId)b) * now.lr_mult;
+        if (bank->v) {
+            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr, (float)cfg->adam_beta1,
+                         (float)cfg->adam_beta2, (float)cfg->adam_eps, (float)cfg->weight_decay, (int)step, bank->bf16,
+                         m->stream);
+            continue;
+        }
+        float scale[4 * MAX_LAYERS];      // the logical shape decides, not the one in memory
+        for (int id = 0; id < PARAMS; id++) {
+            const ParamRow* row = &PARAM_TABLE[id];
+            if (row->bank != b) continue;
+            for (int i = row->slot; i < bank->copies; i += bank->slots)
+                scale[i] = muon_scale((MuonScale)cfg->muon_scale, size_of(m, row->rows), size_of(m, row->cols));
+        }
+        muon_update(bank->p, bank->master, bank->g, bank->m, bank->copies, bank->rows, bank->cols, scale, lr,
+                    now.muon_momentum, (MuonForm)cfg->muon_form, (int)cfg->ns_steps, m->muon_scratch,
+                    m->muon_scratch_bytes, &m->matmul, m->stream);
+    }
+}
+
+// stats[STAT_NORM2], stats[STAT_NONFINITE]: over all gradients.
+static void measure_gradients(Model* m) {
+    bool more = false;
+    for (int b = 0; b < BANKS; b++) {
+        if (m->banks[b].n == 0) continue;
+        grad_norm(m->stats + STAT_NORM2, m->banks[b].g, m->banks[b].n, more, m->acts.reduce[0], m->stream);
+        more = true;
+    }
+}
+
+// ---- a batch, a step, an evaluation -------------------------------------------------------------
+
+// Sends m->tokens_host and m->targets_host to the device. The stream owns them until batch_wait.
+static void batch_upload(Model* m, int N) {
+    CUDA_CHECK(cudaMemcpyAsync(m->tokens, m->tokens_host, N * sizeof(int), cudaMemcpyHostToDevice, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->targets, m->targets_host, N * sizeof(int), cudaMemcpyHostToDevice, m->stream));
+    CUDA_CHECK(cudaEventRecord(m->uploaded, m->stream));
+}
+static void batch_wait(Model* m) { CUDA_CHECK(cudaEventSynchronize(m->uploaded)); }
+
+// Gradients and loss of one micro-batch that lies in m->tokens_host. grad_scale is 1 / tokens of the
+// optimizer step over all micro-steps and ranks: so the sum of the gradients is the true global mean.
+static void micro_step(Model* m, int micro, float grad_scale) {
+    int N = m->B * m->T;
+    bool first = micro == 0;
+    if (first) zero_gradients(m);
+    embedding_index_build(&m->index, m->tokens_host, N, m->V);
+    embedding_index_upload(&m->index, m->stream);
+    batch_upload(m, N);
+    forward(m, m->B, m->T);
+    classify(m, N, true, grad_scale, first);
+    CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STATS + micro, m->stats + STAT_LOSS, sizeof(float), cudaMemcpyDeviceToHost,
+                               m->stream));
+    backward(m, m->B, m->T, first);
+}
+
+typedef struct StepStats { double loss, grad_norm; bool finite; } StepStats;
+
+// Waits for the step's gradients: nothing is updated from a loss or a gradient that is not finite.
+static StepStats step_stats(Model* m) {
+    measure_gradients(m);
+    CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, STATS * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    double loss = 0;
+    for (int micro = 0; micro < m->micro_steps; micro++) loss += m->stats_host[STATS + micro];
+    StepStats stats;
+    stats.loss = loss / (double)m->cfg->batch_tokens;
+    stats.grad_norm = sqrt((double)m->stats_host[STAT_NORM2]);
+    stats.finite = isfinite(loss) && m->stats_host[STAT_NONFINITE] == 0.0f;
+    return stats;
+}
+
+// Mean loss over exactly the predictions that val_open was asked for.
+static double evaluate(Model* m, ValLoader* val) {
+    double total = 0;
+    int N = m->B * m->T;
+    for (int64_t k = 0; k < val->batches; k++) {
+        batch_wait(m);
+        val_batch(val, k, m->tokens_host, m->targets_host);
+        batch_upload(m, N);
+        forward(m, m->B, m->T);
+        classify(m, N, false, 0.0f, false);
+        CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+        CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        total += m->stats_host[STAT_LOSS];
+    }
+    return total / (double)val->predictions;
+}
+
+// ---- weights to a file and back ------------------------------------------------------------------
+
+// Copies a tensor between memory, where it may be transposed, and its logical (rows, cols) form.
+static void tensor_transpose(float* out, const float* in, int rows, int cols) {
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) out[(size_t)c * rows + r] = in[(size_t)r * cols + c];
+}
+
+// The fp32 value of a tensor in its logical shape, for the file and for tests. `what` picks p, g or m.
+static void tensor_read(Model* m, float* out, const float* device, ParamId id) {
+    const ParamRow* row = &PARAM_TABLE[id];
+    const Bank* bank = &m->banks[row->bank];
+    size_t n = (size_t)bank->rows * bank->cols;
+    float* copy = row->transposed ? (float*)host_alloc(n, sizeof(float)) : out;
+    CUDA_CHECK(cudaMemcpy(copy, device, n * sizeof(float), cudaMemcpyDeviceToHost));
+    if (!row->transposed) return;
+    tensor_transpose(out, copy, bank->rows, bank->cols);
+    free(copy);
+}
+
+static void param_name(char* name, size_t size, ParamId id, int layer) {
+    snprintf(name, size, PARAM_TABLE[id].name, layer);
+}
+
+// Value of a parameter in fp32, whatever it is kept in.
+static void param_read(Model* m, float* out, ParamId id, int layer) {
+    const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+    size_t n = (size_t)bank->rows * bank->cols, offset = param_offset(m, id, layer);
+    if (bank->master) {
+        tensor_read(m, out, bank->master + offset, id);
+        return;
+    }
+    uint16_t* half = (uint16_t*)host_alloc(n, sizeof(uint16_t));      // a table without a master: bf16, never transposed
+    CUDA_CHECK(cudaMemcpy(half, bank->p + offset, n * sizeof(uint16_t), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)half[i] << 16;
+        memcpy(&out[i], &bits, sizeof bits);
+    }
+    free(half);
+}
+
+static void param_write(Model* m, const float* in, ParamId id, int layer) {
+    const ParamRow* row = &PARAM_TABLE[id];
+    const Bank* bank = &m->banks[row->bank];
+    size_t n = (size_t)bank->rows * bank->cols, offset = param_offset(m, id, layer);
+    float *copy = (float*)host_alloc(n, sizeof(float)), *device = NULL;
+    if (row->transposed) tensor_transpose(copy, in, bank->cols, bank->rows);
+    else memcpy(copy, in, n * sizeof(float));
+    CUDA_CHECK(cudaMalloc((void**)&device, n * sizeof(float)));
+    CUDA_CHECK(cudaMemcpy(device, copy, n * sizeof(float), cudaMemcpyHostToDevice));
+    init_copy(bank->p + offset, bank->master ? bank->master + offset : NULL, device, n, bank->bf16, m->stream);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    CUDA_CHECK(cudaFree(device));
+    free(copy);
+}
+
+static void tensor_shape(const Model* m, ParamId id, int64_t* shape, int* dims) {
+    const ParamRow* row = &PARAM_TABLE[id];
+    int64_t rows = size_of(m, row->rows), cols = size_of(m, row->cols);
+    *dims = rows == 1 ? 1 : 2;
+    shape[0] = rows == 1 ? cols : rows;
+    shape[1] = cols;
+}
+
+// All parameters, in fp32 and in their logical shapes, under the names of PARAM_TABLE.
+static void weights_save(Model* m, const char* path, int64_t step) {
+    static SafeTensor tensors[PARAMS * MAX_LAYERS];
+    static char names[PARAMS * MAX_LAYERS][64];
+    int count = 0;
+    for (int id = 0; id < PARAMS; id++) {
+        int copies = param_copies(m, (ParamId)id);
+        const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < copies; layer++, count++) {
+            float* data = (float*)host_alloc((size_t)bank->rows * bank->cols, sizeof(float));
+            param_read(m, data, (ParamId)id, layer);
+            param_name(names[count], sizeof names[count], (ParamId)id, layer);
+            tensors[count].name = names[count];
+            tensors[count].type = SAFE_F32;
+            tensor_shape(m, (ParamId)id, tensors[count].shape, &tensors[count].dims);
+            tensors[count].data = data;
+        }
+    }
+    char *flags = NULL, step_text[32];
+    size_t flags_size = 0;
+    FILE* text = open_memstream(&flags, &flags_size);
+    REQUIRE(text, "out of memory for the flags in %s", path);
+    settings_json(text, m->cfg);
+    fclose(text);
+    snprintf(step_text, sizeof step_text, "%" PRId64, step);
+    const char* metadata[] = {"format", "pt", "flags", flags, "step", step_text, "commit", GIT_COMMIT};
+    safetensors_write(path, tensors, count, metadata, 4);
+    for (int i = 0; i < count; i++) free((void*)tensors[i].data);
+    free(flags);
+}
+
+static void weights_load(Model* m, const char* path) {
+    SafeFile file;
+    safetensors_open(&file, path);
+    for (int id = 0; id < PARAMS; id++) {
+        int copies = param_copies(m, (ParamId)id);
+        const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < copies; layer++) {
+            char name[64];
+            int64_t shape[8];
+            int dims;
+            param_name(name, sizeof name, (ParamId)id, layer);
+            tensor_shape(m, (ParamId)id, shape, &dims);
+            const SafeTensor* t = safetensors_find(&file, name);
+            REQUIRE(t, "%s: no tensor %s; is it a model of other --layers or another recipe?", path, name);
+            bool fits = t->dims == dims && t->shape[0] == shape[0] && (dims == 1 || t->shape[1] == shape[1]);
+            REQUIRE(fits, "%s: %s has shape (%" PRId64 ", %" PRId64 "), the flags ask for (%" PRId64 ", %" PRId64 ")",
+                    path, name, t->shape[0], t->dims > 1 ? t->shape[1] : 1, shape[0], dims > 1 ? shape[1] : 1);
+            const void* data = safetensors_data(&file, name, SAFE_F32, (int64_t)bank->rows * bank->cols);
+            param_write(m, (const float*)data, (ParamId)id, layer);
+        }
+    }
+    safetensors_close(&file);
+}
+
+// ---- sampling ------------------------------------------------------------------------------------
+
+static float softcap_host(SoftcapKind kind, float c, float z) {
+    switch (kind) {
+        case SOFTCAP_NONE: return z;
+        case SOFTCAP_TANH: return c * tanhf(z / c);
+        case SOFTCAP_SIGMOID: return c / (1.0f + expf(-4.0f * z / c));
+    }
+    return z;
+}
+
+// Continues from the end-of-text token. Each token costs a forward pass over T of them: what lies behind the
+// last known one is padding, which a causal model does not see.
+static void sample(Model* m, Log* log, int64_t step, int count) {
+    const Settings* cfg = m->cfg;
+    int V = m->V, C = m->C, T = m->T;
+    int* text = (int*)host_alloc((size_t)count + 1, sizeof(int));
+    float* z = (float*)host_alloc(V, sizeof(float));
+    floatX* logits = (floatX*)host_alloc(V, sizeof(floatX));
+    text[0] = V > GPT2_END ? GPT2_END : V > BYTE_END ? BYTE_END : 0;
+    for (int length = 1; length <= count; length++) {
+        int known = length < T ? length : T;
+        batch_wait(m);
+        memset(m->tokens_host, 0, T * sizeof(int));
+        memcpy(m->tokens_host, text + length - known, known * sizeof(int));
+        batch_upload(m, T);
+        forward(m, 1, T);
+        matmul_nt(m->acts.logits[0], m->acts.lnf[0] + (size_t)(known - 1) * C, weight(m, head_id(m), 0), 1, V, C,
+                  &m->matmul, m->stream);
+        CUDA_CHECK(cudaMemcpyAsync(logits, m->acts.logits[0], V * sizeof(floatX), cudaMemcpyDeviceToHost, m->stream));
+        CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        for (int i = 0; i < V; i++) z[i] = softcap_host((SoftcapKind)cfg->softcap, (float)cfg->softcap_value, (float)logits[i]);
+        text[length] = sampler_pick(z, V, (float)cfg->sample_temperature, (int)cfg->sample_top_k, cfg->seed, length);
+    }
+    log_sample(log, step, text + 1, count, V);
+    free(text);
+    free(z);
+    free(logits);
+}
+
+// ---- report --------------------------------------------------------------------------------------
+
+static int64_t param_count(const Model* m) {
+    int64_t count = 0;
+    for (int b = 0; b < BANKS; b++) count += (int64_t)m->banks[b].copies * m->banks[b].rows * m->banks[b].cols;
+    return count;
+}
+
+static void print_model(FILE* out, const Model* m) {
+    size_t total = 0;
+    fprintf(out, "parameters %" PRId64 ", %d tokens in a micro-batch, %s\n", param_count(m), m->B * m->T,
+            FLOATX_IS_BF16 ? "bf16" : "fp32");
+    for (int i = 0; i < m->memories; i++) {
+        total += m->memory[i].bytes;
+        fprintf(out, "  %-18s %10.1f MiB\n", m->memory[i].name, m->memory[i].bytes / 1048576.0);
+    }
+    fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", total / 1048576.0);
+}
+
+// ---- train ---------------------------------------------------------------------------------------
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) {
+    (void)signal_number;
+    if (interrupted) _exit(130);     // asked twice: at once
+    interrupted = 1;
+}
+
+static void save_step(Model* m, int64_t step, const char* suffix) {
+    char path[2048];
+    snprintf(path, sizeof path, "%s/model%s.safetensors", m->cfg->out, suffix);
+    weights_save(m, path, step);
+}
+
+// Returns the last validation loss. The clock runs for training only, not for validation, samples and files.
+static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
+    const Settings* cfg = m->cfg;
+    float grad_scale = 1.0f / (float)cfg->batch_tokens;
+    double val_loss = NAN, last_loss = NAN;
+    Clock clock = {};
+    int64_t step = 0;
+    for (;; step++) {
+        bool last = step == cfg->steps || interrupted;
+        if (last || (cfg->val_every && step % cfg->val_every == 0)) {
+            val_loss = evaluate(m, val);
+            log_val(log, step, val_loss, clock_seconds(&clock));
+        }
+        if (cfg->sample_every && step && step % cfg->sample_every == 0 && !last) sample(m, log, step, (int)cfg->sample_tokens);
+        if (cfg->save_every && step && step % cfg->save_every == 0 && !last) {
+            char suffix[32];
+            snprintf(suffix, sizeof suffix, "_%06" PRId64, step);
+            save_step(m, step, suffix);
+        }
+        if (last) break;
+
+        clock_start(&clock);
+        Schedule now = schedule_at(cfg, step);
+        for (int micro = 0; micro < m->micro_steps; micro++) {
+            batch_wait(m);
+            loader_next(data, m->tokens_host, m->targets_host);
+            micro_step(m, micro, grad_scale);
+        }
+        StepStats stats = step_stats(m);
+        if (!stats.finite) {
+            die("step %" PRId64 ": loss %g, gradient norm %g, %g gradients not finite (last finite loss %g)\n"
+                "stopped before the update; nothing was saved over", step + 1, stats.loss, stats.grad_norm,
+                (double)m->stats_host[STAT_NONFINITE], last_loss);
+        }
+        update(m, step + 1, now);
+        if (interrupted || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        double train_s = clock_stop(&clock);
+        last_loss = stats.loss;
+        LogStep line = {step + 1, stats.loss, train_s, now.lr_mult, now.muon_momentum, stats.grad_norm,
+                        (step + 1) * cfg->batch_tokens};
+        log_train(log, &line);
+    }
+    save_step(m, step, "");
+    if (cfg->sample_every) sample(m, log, step, (int)cfg->sample_tokens);
+    log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
+    return val_loss;
+}
+
+// ---- main ----------------------------------------------------------------------------------------
+
+#ifndef TRAIN_GPT2_NO_MAIN
+int main(int argc, char** argv) {
+    static Settings cfg;
+    static Model model;
+    static Log log;
+    settings_parse(&cfg, argc, argv);
+    settings_check(&cfg, 1);
+    model_build(&model, &cfg);
+    if (cfg.dry_run) {
+        settings_print(stdout, &cfg);
+        print_model(stdout, &model);
+        return 0;
+    }
+    model_start(&model);
+    if (cfg.load[0]) weights_load(&model, cfg.load);
+    bool sample_only = cfg.load[0] && !cfg.train[0];
+    log_open(&log, &cfg);
+    settings_print(stdout, &cfg);
+    print_model(stdout, &model);
+    if (sample_only) {
+        sample(&model, &log, 0, (int)cfg.sample_tokens);
+        log_close(&log);
+        return 0;
+    }
+
+    Loader data;
+    ValLoader val;
+    loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), model.B, model.T, 0, 1, model.V, cfg.batching,
+                (int)cfg.data_ranks);
+    val_open(&val, cfg.val, cfg.val_tokens, model.B, model.T, 0, 1, model.V);
+    loader_describe(stdout, &data);
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    train(&model, &data, &val, &log);
+    loader_close(&data);
+    val_close(&val);
+    log_close(&log);
+    model_free(&model);
+    return interrupted ? 130 : 0;
+}
+#endif
