@@ -23,6 +23,7 @@ How to run:  ./train_gpt2 --help
 */
 #include <math.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include "llmc/common.h"
 #include "llmc/flags.h"
@@ -58,6 +59,12 @@ static void (*probe)(const char* name, int layer, const floatX* tensor, int rows
 #else
 #define PROBE(name, layer, tensor, rows, cols, ld) do { } while (0)
 #endif
+
+// The words of the flags are the enums of the kernels.
+static_assert((int)FLAG_SOFTCAP_NONE == SOFTCAP_NONE && (int)FLAG_SOFTCAP_TANH == SOFTCAP_TANH &&
+              (int)FLAG_SOFTCAP_SIGMOID == SOFTCAP_SIGMOID, "--softcap and SoftcapKind differ");
+static_assert((int)FLAG_MUON_SCALE_MAX_DIM == MUON_SCALE_MAX_DIM && (int)FLAG_MUON_FORM_LERP == MUON_FORM_LERP,
+              "--muon-scale or --muon-form and the enums of muon.cuh differ");
 
 enum { MAX_LAYERS = 64, GPT2_END = 50256 };   // GPT2_END: end of text in GPT-2's vocabulary
 
@@ -810,24 +817,42 @@ static void tensor_shape(const Model* m, ParamId id, int64_t* shape, int* dims) 
     shape[1] = cols;
 }
 
+// A file's tensors in order, and where the bytes of each come from.
+typedef struct WeightFile {
+    Model* m;
+    SafeTensor tensors[PARAMS * MAX_LAYERS];
+    char names[PARAMS * MAX_LAYERS][64];
+    int ids[PARAMS * MAX_LAYERS], layers[PARAMS * MAX_LAYERS];
+    float* data;            // one tensor at a time
+} WeightFile;
+
+static const void* weight_fetch(void* context, int i) {
+    WeightFile* file = (WeightFile*)context;
+    param_read(file->m, file->data, (ParamId)file->ids[i], file->layers[i]);
+    return file->data;
+}
+
 // All parameters, in fp32 and in their logical shapes, under the names of PARAM_TABLE.
 static void weights_save(Model* m, const char* path, int64_t step) {
-    static SafeTensor tensors[PARAMS * MAX_LAYERS];
-    static char names[PARAMS * MAX_LAYERS][64];
+    WeightFile* file = (WeightFile*)host_alloc(1, sizeof(WeightFile));
+    size_t largest = 0;
     int count = 0;
+    file->m = m;
     for (int id = 0; id < PARAMS; id++) {
         int copies = param_copies(m, (ParamId)id);
         const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+        if (copies && (size_t)bank->rows * bank->cols > largest) largest = (size_t)bank->rows * bank->cols;
         for (int layer = 0; layer < copies; layer++, count++) {
-            float* data = (float*)host_alloc((size_t)bank->rows * bank->cols, sizeof(float));
-            param_read(m, data, (ParamId)id, layer);
-            param_name(names[count], sizeof names[count], (ParamId)id, layer);
-            tensors[count].name = names[count];
-            tensors[count].type = SAFE_F32;
-            tensor_shape(m, (ParamId)id, tensors[count].shape, &tensors[count].dims);
-            tensors[count].data = data;
+            SafeTensor* t = &file->tensors[count];
+            param_name(file->names[count], sizeof file->names[count], (ParamId)id, layer);
+            t->name = file->names[count];
+            t->type = SAFE_F32;
+            tensor_shape(m, (ParamId)id, t->shape, &t->dims);
+            file->ids[count] = id;
+            file->layers[count] = layer;
         }
     }
+    file->data = (float*)host_alloc(largest, sizeof(float));
     char *flags = NULL, step_text[32];
     size_t flags_size = 0;
     FILE* text = open_memstream(&flags, &flags_size);
@@ -836,9 +861,10 @@ static void weights_save(Model* m, const char* path, int64_t step) {
     fclose(text);
     snprintf(step_text, sizeof step_text, "%" PRId64, step);
     const char* metadata[] = {"format", "pt", "flags", flags, "step", step_text, "commit", GIT_COMMIT};
-    safetensors_write(path, tensors, count, metadata, 4);
-    for (int i = 0; i < count; i++) free((void*)tensors[i].data);
+    safetensors_write_from(path, file->tensors, count, metadata, 4, weight_fetch, file);
     free(flags);
+    free(file->data);
+    free(file);
 }
 
 static void weights_load(Model* m, const char* path) {
@@ -913,15 +939,26 @@ static int64_t param_count(const Model* m) {
     return count;
 }
 
-static void print_model(FILE* out, const Model* m) {
+static size_t memory_total(const Model* m) {
     size_t total = 0;
+    for (int i = 0; i < m->memories; i++) total += m->memory[i].bytes;
+    return total;
+}
+
+static void print_model(FILE* out, const Model* m) {
     fprintf(out, "parameters %" PRId64 ", %d tokens in a micro-batch, %s\n", param_count(m), m->B * m->T,
             FLOATX_IS_BF16 ? "bf16" : "fp32");
-    for (int i = 0; i < m->memories; i++) {
-        total += m->memory[i].bytes;
+    for (int i = 0; i < m->memories; i++)
         fprintf(out, "  %-18s %10.1f MiB\n", m->memory[i].name, m->memory[i].bytes / 1048576.0);
-    }
-    fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", total / 1048576.0);
+    fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", memory_total(m) / 1048576.0);
+}
+
+// What the table said against what the system counted. On the CPU device memory is the process's own.
+static void note_memory(const Model* m, Log* log) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    log_note(log, "memory: %.1f MiB by the table, process peak %.1f MiB", memory_total(m) / 1048576.0,
+             usage.ru_maxrss / 1024.0);
 }
 
 // ---- train ---------------------------------------------------------------------------------------
@@ -944,6 +981,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     const Settings* cfg = m->cfg;
     float grad_scale = 1.0f / (float)cfg->batch_tokens;
     double val_loss = NAN, last_loss = NAN;
+    int64_t epoch = data->epoch;
     Clock clock = {};
     int64_t step = 0;
     for (;; step++) {
@@ -977,12 +1015,15 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
         if (interrupted || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
         double train_s = clock_stop(&clock);
         last_loss = stats.loss;
+        if (data->epoch != epoch) log_note(log, "step %" PRId64 ": epoch %" PRId64 " of the data begins", step + 1, data->epoch + 1);
+        epoch = data->epoch;
         LogStep line = {step + 1, stats.loss, train_s, now.lr_mult, now.muon_momentum, stats.grad_norm,
                         (step + 1) * cfg->batch_tokens};
         log_train(log, &line);
     }
     save_step(m, step, "");
     if (cfg->sample_every) sample(m, log, step, (int)cfg->sample_tokens);
+    note_memory(m, log);
     log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
     return val_loss;
 }

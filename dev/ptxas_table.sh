@@ -4,7 +4,7 @@
 set -eu
 c++filt < "$1" | awk '
     /Compiling entry function/ { name = $0; sub(/.*Compiling entry function \047/, "", name); sub(/\047 for \047sm_.*/, "", name)
-                                 sub(/^void /, "", name); sub(/\(.*$/, "", name) }
+                                 sub(/^void /, "", name); if (match(name, />\(/)) name = substr(name, 1, RSTART); else sub(/\(.*$/, "", name) }
     /bytes stack frame/        { stack = $1; stores = $5; loads = $9 }
     /Used [0-9]+ registers/    { smem = 0
                                  for (i = 1; i <= NF; i++) { if ($i == "registers,") regs = $(i - 1); if ($i ~ /^smem/) smem = $(i - 2) }

@@ -66,11 +66,11 @@ static __global__ void adamw_kernel(floatX* p, float* master, const float* g, fl
     }
 }
 
-// ---- launcher ----------------------------------------------------------------------------------
+// ---- launcher -------------------------------------------------------------------------------
 
-static inline void adamw_update(floatX* p, float* master, const float* g, float* m, float* v, size_t n,
-                                float lr, float beta1, float beta2, float eps, float wd, int step,
-                                bool bf16_state, cudaStream_t stream) {
+static inline void adamw_update(floatX* p, float* master, const float* g, float* m, float* v,
+                                size_t n, float lr, float beta1, float beta2, float eps, float wd,
+                                int step, bool bf16_state, cudaStream_t stream) {
     REQUIRE(n > 0 && step >= 1, "adamw: n=%zu step=%d, both must be positive", n, step);
     REQUIRE(master || bf16_state || !FLOATX_IS_BF16,
             "adamw: bf16 parameters without a master copy need bf16_state");

@@ -263,8 +263,10 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
     // the start. This holds for every mask in which a query sees itself.
     AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
     int first_key = (range.end - 1) * KEYS;
-    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
-    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
+    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
+                               T - first_query);
+    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
+                            T - first_key);
     cp_async_commit();
     float acc[MT][D / 8][4], shift[2 * MT], total[2 * MT];
     attention_zero(acc);
@@ -278,7 +280,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
+        attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
+                                T - first_key);
         cp_async_commit();
         if (view != VIEW_NONE) {
             mma_abt<MT, KEYS / 8, D / 16, LD>(s, q_tile + warp_row * LD, k_tile);
@@ -286,7 +289,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         cp_async_wait<0>();
         __syncthreads();
         if (first_key > range.first * KEYS) {
-            attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key - KEYS) * ldqk + column0, ldqk, KEYS);
+            attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key - KEYS) * ldqk + column0,
+                                    ldqk, KEYS);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;
@@ -352,9 +356,12 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
     // Queries beyond T are zeros in q, dout, lse and delta: p = 1, ds = 0, nothing is added.
     AttentionRange range = attention_query_tiles(first_key, QUERIES, T);
     int first_query = range.first * QUERIES;
-    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
-    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
-    attention_load<QUERIES, D>(q_tiles, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
+    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
+                            T - first_key);
+    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
+                            T - first_key);
+    attention_load<QUERIES, D>(q_tiles, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
+                               T - first_query);
     attention_load_column<QUERIES>(lse_tiles, lse + first_query, T - first_query);
     cp_async_commit();
     float dk_acc[MT][D / 8][4], dv_acc[MT][D / 8][4];
@@ -369,8 +376,8 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
         float s[MT][NT][4], ds[MT][NT][4];
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0, ldout,
-                                   T - first_query);
+        attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0,
+                                   ldout, T - first_query);
         attention_load_column<QUERIES>(delta_tile, delta + first_query, T - first_query);
         cp_async_commit();
         if (view != VIEW_NONE) {
@@ -385,8 +392,6 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
                     *x = fast_exp2(scale * 1.44269504f * *x - shift[i % 2]);
                 }
             }
-            // Zeros are set in p and in ds, not -inf in s: lse and delta of a hidden query may
-            // be NaN.
             if (view == VIEW_PART) attention_mask<true>(s, warp_key, first_query, 0.0f);
         }
         cp_async_wait<0>();
@@ -395,7 +400,8 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
             int next = first_query + QUERIES;
             attention_load<QUERIES, D>(q_tiles + (parity ^ 1) * QUERIES * LD,
                                        q + (size_t)(row0 + next) * ldqk + column0, ldqk, T - next);
-            attention_load_column<QUERIES>(lse_tiles + (parity ^ 1) * QUERIES, lse + next, T - next);
+            attention_load_column<QUERIES>(lse_tiles + (parity ^ 1) * QUERIES, lse + next,
+                                           T - next);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;
@@ -411,7 +417,6 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
                 *x = s[i / 4][n][i % 4] * (*x - minus[i % 2]);
             }
         }
-        if (view == VIEW_PART) attention_mask<true>(ds, warp_key, first_query, 0.0f);
         mma_ab<MT, D / 8, QUERIES / 16, LD>(dk_acc, ds, q_tile);
     }
 
@@ -446,10 +451,12 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
 
     AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
     int first_key = (range.end - 1) * KEYS;
-    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk, T - first_query);
-    attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0, ldout,
+    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
                                T - first_query);
-    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv, T - first_key);
+    attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0,
+                               ldout, T - first_query);
+    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
+                            T - first_key);
     cp_async_commit();
     float acc[MT][D / 8][4], shift[2 * MT], minus[2 * MT];
     attention_zero(acc);
@@ -465,7 +472,8 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
         AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk, T - first_key);
+        attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
+                                T - first_key);
         cp_async_commit();
         if (view != VIEW_NONE) {
             mma_abt<MT, NT, D / 16, LD>(ds, dout_tile + warp_row * LD, v_tile);
@@ -473,7 +481,8 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
         cp_async_wait<0>();
         __syncthreads();
         if (first_key > range.first * KEYS) {
-            attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key - KEYS) * ldv + column0, ldv, KEYS);
+            attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key - KEYS) * ldv + column0,
+                                    ldv, KEYS);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;

@@ -73,12 +73,8 @@ static inline void* host_alloc(size_t count, size_t size) {
 // Bytes of the UTF-8 sequence that starts at s, or 0 if none does: overlong forms, surrogates,
 // stray and missing continuation bytes are none.
 static inline int utf8_length(const unsigned char* s, size_t left) {
-    int n = s[0] < 0x80   ? 1
-            : s[0] < 0xc2 ? 0
-            : s[0] < 0xe0 ? 2
-            : s[0] < 0xf0 ? 3
-            : s[0] < 0xf5 ? 4
-                          : 0;
+    int n = s[0] < 0x80 ? 1 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    if (s[0] >= 0x80 && (s[0] < 0xc2 || s[0] > 0xf4)) return 0;
     if ((size_t)n > left) return 0;
     for (int i = 1; i < n; i++) {
         if ((s[i] & 0xc0) != 0x80) return 0;

@@ -22,7 +22,7 @@ strided     The order of the speedrun records up to #11. Each of K data ranks ha
             the records train twice on their first batch.
 
 The rows of a rank are handed out B at a time, in order, so the tokens of a step do not depend on B.
-The loader's whole state is the number of micro-steps drawn: loader_seek computes the rest.
+The whole state of a loader is the number of steps drawn: loader_seek computes the rest.
 
 A validation set is the first val_tokens predictions of its shards as a stream, in rows of T of
 which the last may be part: what is not asked for has target -1 and input 0. The mean loss is over
@@ -188,7 +188,7 @@ typedef struct Loader {
     int64_t step;               // steps drawn in full
     int micro;                  // micro-steps drawn of the one under way
     int64_t total_tokens;       // of all shards
-    int64_t epoch;    // times the data has been gone through, by the place that is furthest
+    int64_t epoch;              // times through the data, of the place that is furthest
 } Loader;
 
 // The number of data ranks whose order is followed: `wanted`, or else the largest divisor of it
@@ -220,8 +220,7 @@ static inline void loader_open(Loader* l, const char* pattern, int rows, int B, 
                                int world, int vocab, bool strided, int data_ranks) {
     memset(l, 0, sizeof *l);
     REQUIRE(rows > 0 && rows % (world * B) == 0,
-            "a step of %d sequences cannot be cut into micro-batches of %d on "
-            "%d ranks",
+            "a step of %d sequences cannot be cut into micro-batches of %d on %d ranks",
             rows, B, world);
     shards_open(&l->shards, pattern, vocab);
     l->rows = rows;
@@ -289,9 +288,8 @@ static inline void loader_next(Loader* l, int* inputs, int* targets) {
         int k = (row + done) / slice_rows, inside = (row + done) % slice_rows;
         int n = slice_rows - inside < l->B - done ? slice_rows - inside : l->B - done;
         const LoaderPlace* p = &l->places[k];
-        const uint16_t* tokens = shards_read(
-            &l->shards, l->shards.first[p->shard] + p->position + (int64_t)inside * T,
-            (size_t)n * T + 1);
+        int64_t from = l->shards.first[p->shard] + p->position + (int64_t)inside * T;
+        const uint16_t* tokens = shards_read(&l->shards, from, (size_t)n * T + 1);
         for (size_t i = 0; i < (size_t)n * T; i++) {
             inputs[(size_t)done * T + i] = tokens[i];
             targets[(size_t)done * T + i] = tokens[i + 1];
@@ -304,10 +302,8 @@ static inline void loader_next(Loader* l, int* inputs, int* targets) {
 static inline void loader_describe(FILE* out, const Loader* l) {
     fprintf(out, "train: %d shard%s, %" PRId64 " tokens, ", l->shards.count,
             l->shards.count == 1 ? "" : "s", l->total_tokens);
-    if (l->strided)
-        fprintf(out, "drawn strided, in the order of %d rank%s", l->data_ranks,
-                l->data_ranks == 1 ? "" : "s");
-    else fprintf(out, "drawn as one stream");
+    if (!l->strided) fprintf(out, "drawn as one stream\n");
+    else fprintf(out, "drawn strided, in the order of %d rank(s)\n", l->data_ranks);
 }
 
 // ---- validation batches --------------------------------------------------------------------

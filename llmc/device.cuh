@@ -85,6 +85,10 @@ struct alignas(16) float8 {
     float v[8];
 };
 
+#ifndef __CUDACC__
+#include "host/verbs.h"
+#endif
+
 static __device__ __forceinline__ float to_float(float x) {
     return x;
 }
@@ -111,15 +115,18 @@ template <class T> static __device__ __forceinline__ void store1(T* p, float x) 
     *p = from_float<T>(x);
 }
 
-#ifdef __CUDACC__
-
 static __device__ __forceinline__ float8 load8(const float* p) {
+#ifdef __CUDACC__
     float4 a = *reinterpret_cast<const float4*>(p);
     float4 b = *reinterpret_cast<const float4*>(p + 4);
     return float8{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+#else
+    return host_load8(p);
+#endif
 }
 
 static __device__ __forceinline__ float8 load8(const bf16* p) {
+#ifdef __CUDACC__
     uint4 u = *reinterpret_cast<const uint4*>(p);
     uint32_t word[4] = {u.x, u.y, u.z, u.w};
     float8 x;
@@ -129,14 +136,22 @@ static __device__ __forceinline__ float8 load8(const bf16* p) {
         x.v[2 * k + 1] = __uint_as_float(word[k] & 0xffff0000u);
     }
     return x;
+#else
+    return host_load8(p);
+#endif
 }
 
 static __device__ __forceinline__ void store8(float* p, float8 x) {
+#ifdef __CUDACC__
     *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *reinterpret_cast<float4*>(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+#else
+    host_store8(p, x);
+#endif
 }
 
 static __device__ __forceinline__ void store8(bf16* p, float8 x) {
+#ifdef __CUDACC__
     union {
         __nv_bfloat162 pair[4];
         uint4 u;
@@ -146,45 +161,10 @@ static __device__ __forceinline__ void store8(bf16* p, float8 x) {
         out.pair[k] = __floats2bfloat162_rn(x.v[2 * k], x.v[2 * k + 1]);
     }
     *reinterpret_cast<uint4*>(p) = out.u;
-}
-
 #else
-
-// Vector types of g++, so that these are vector instructions whatever surrounds them.
-typedef uint16_t HostU16x8 __attribute__((vector_size(16)));
-typedef uint32_t HostU32x8 __attribute__((vector_size(32)));
-
-static inline float8 load8(const float* p) {
-    host_check_aligned(p, 16);
-    return *(const float8*)p;
-}
-
-static inline float8 load8(const bf16* p) {
-    host_check_aligned(p, 16);
-    HostU16x8 half;
-    float8 x;
-    memcpy(&half, p, sizeof(half));
-    HostU32x8 word = __builtin_convertvector(half, HostU32x8) << 16;
-    memcpy(&x, &word, sizeof(x));
-    return x;
-}
-
-static inline void store8(float* p, float8 x) {
-    host_check_aligned(p, 16);
-    *(float8*)p = x;
-}
-
-static inline void store8(bf16* p, float8 x) {
-    host_check_aligned(p, 16);
-    HostU32x8 u;
-    memcpy(&u, &x, sizeof(u));
-    HostU32x8 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    HostU32x8 nan = (HostU32x8)((u & 0x7fffffff) > 0x7f800000);
-    HostU16x8 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fff), HostU16x8);
-    memcpy(p, &half, sizeof(half));
-}
-
+    host_store8(p, x);
 #endif
+}
 
 // ---- exponential ---------------------------------------------------------------------------
 
@@ -210,8 +190,6 @@ static __device__ __forceinline__ float max_nan(float a, float b) {
     return a > b || a != a ? a : b;
 }
 
-#ifdef __CUDACC__
-
 // The mask of the lane's own group, so that other groups of the warp may have left.
 template <int W> static __device__ __forceinline__ unsigned warp_group(void) {
     static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0, "groups of 1, 2, 4, 8, 16 or 32");
@@ -220,63 +198,31 @@ template <int W> static __device__ __forceinline__ unsigned warp_group(void) {
     return ((1u << (W & 31)) - 1) << (lane & ~(unsigned)(W - 1));
 }
 
-template <int W> static __device__ __forceinline__ float warp_sum(float v) {
-    unsigned mask = warp_group<W>();
+template <int W, bool MAX> static __device__ __forceinline__ float warp_reduce(float v) {
+    unsigned group = warp_group<W>();
+#ifdef __CUDACC__
 #pragma unroll
     for (int distance = W / 2; distance > 0; distance /= 2) {
-        v += __shfl_xor_sync(mask, v, distance);
+        float other = __shfl_xor_sync(group, v, distance);
+        v = MAX ? max_nan(v, other) : v + other;
     }
     return v;
-}
-
-template <int W> static __device__ __forceinline__ float warp_max(float v) {
-    unsigned mask = warp_group<W>();
-#pragma unroll
-    for (int distance = W / 2; distance > 0; distance /= 2) {
-        v = max_nan(v, __shfl_xor_sync(mask, v, distance));
-    }
-    return v;
-}
-
 #else
-
-// All shuffles of the butterfly in one meeting of the lanes: the same additions, in fewer switches.
-template <int W, bool MAX> HOST_NOSAN static void host_butterfly(void** slots, unsigned mask) {
-    int first = __builtin_ctz(mask);
-    float v[W], next[W];
-    for (int i = 0; i < W; i++) v[i] = HOST_BITS(float, host_slot_value(slots[first + i]));
-    for (int distance = W / 2; distance > 0; distance /= 2) {
-        for (int i = 0; i < W; i++) {
-            float a = v[i], b = v[i ^ distance];
-            next[i] = !MAX ? a + b : a > b || a != a ? a : b;
-        }
-        for (int i = 0; i < W; i++) v[i] = next[i];
-    }
-    for (int i = 0; i < W; i++) slots[first + i] = host_slot(HOST_BITS(uint32_t, v[i]), 0);
-}
-
-template <int W, bool MAX> static inline float host_warp_reduce(float v) {
-    static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0, "groups of 1, 2, 4, 8, 16 or 32");
-    if (W == 1) return v;
-    unsigned group = W == 32 ? ~0u : ((1u << (W & 31)) - 1) << (host_self->lane & ~(W - 1u));
-    void* slot = host_slot(HOST_BITS(uint32_t, v), 0);
-    slot = host_warp_collective(group, host_butterfly<W, MAX>, slot, MAX ? "warp_max" : "warp_sum");
-    return HOST_BITS(float, host_slot_value(slot));
-}
-
-template <int W> static inline float warp_sum(float v) {
-    return host_warp_reduce<W, false>(v);
-}
-template <int W> static inline float warp_max(float v) {
-    return host_warp_reduce<W, true>(v);
-}
-
+    return host_warp_reduce<W, MAX>(group, v);
 #endif
+}
+
+template <int W> static __device__ __forceinline__ float warp_sum(float v) {
+    return warp_reduce<W, false>(v);
+}
+template <int W> static __device__ __forceinline__ float warp_max(float v) {
+    return warp_reduce<W, true>(v);
+}
 
 template <bool MAX> static __device__ __forceinline__ float block_reduce(float v, float* scratch) {
     int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     int warps = (blockDim.x * blockDim.y * blockDim.z + WARP - 1) / WARP;
-    v = MAX ? warp_max<WARP>(v) : warp_sum<WARP>(v);
+    v = warp_reduce<WARP, MAX>(v);
     if (thread % WARP == 0) scratch[thread / WARP] = v;
     __syncthreads();
     float total = scratch[0];

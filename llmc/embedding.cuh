@@ -145,7 +145,8 @@ static inline void embedding_index_init(EmbeddingIndex* index, int capacity, int
 
 // Device memory that it takes.
 static inline size_t embedding_index_bytes(int capacity, int C) {
-    return embedding_lists_bytes(capacity) + (2 * ((size_t)capacity / EMBEDDING_SEGMENT) + 2) * C * sizeof(float);
+    size_t rows = 2 * ((size_t)capacity / EMBEDDING_SEGMENT) + 2;
+    return embedding_lists_bytes(capacity) + rows * C * sizeof(float);
 }
 
 static inline void embedding_index_free(EmbeddingIndex* index) {
@@ -205,8 +206,8 @@ static inline void embedding_index_upload(EmbeddingIndex* index, cudaStream_t st
 // One thread per 8 channels of a row; their number has to fit in the kernels' 32 bits.
 static inline dim3 embedding_grid(size_t rows, int C) {
     size_t threads = rows * (C / 8);
-    REQUIRE(threads < (size_t)UINT_MAX - 256, "embedding takes fewer than 2^35 values, got %zu x %d",
-            rows, C);
+    REQUIRE(threads < (size_t)UINT_MAX - 256,
+            "embedding takes fewer than 2^35 values, got %zu x %d", rows, C);
     return dim3(ceil_div(threads, 256));
 }
 

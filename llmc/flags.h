@@ -29,10 +29,12 @@ test        test/test_services.c: flags
 #define HEAD_WORDS(W)       W(FLAG_HEAD_TIED, "tied") W(FLAG_HEAD_UNTIED, "untied")
 #define INIT_EMBED_WORDS(W) W(FLAG_INIT_UNIFORM, "uniform") W(FLAG_INIT_NORMAL, "normal")
 #define INIT_HEAD_WORDS(W)  W(FLAG_INIT_HEAD_ZERO, "zero") W(FLAG_INIT_HEAD_UNIFORM, "uniform")
-#define QK_ORDER_WORDS(W)   W(FLAG_QK_NORM_FIRST, "norm-first") W(FLAG_QK_ROTATE_FIRST, "rotate-first")
+#define QK_ORDER_WORDS(W) \
+    W(FLAG_QK_NORM_FIRST, "norm-first") W(FLAG_QK_ROTATE_FIRST, "rotate-first")
 #define SOFTCAP_WORDS(W) \
     W(FLAG_SOFTCAP_NONE, "none") W(FLAG_SOFTCAP_TANH, "tanh") W(FLAG_SOFTCAP_SIGMOID, "sigmoid")
-#define MUON_SCALE_WORDS(W) W(FLAG_MUON_SCALE_MAX_DIM, "max-dim") W(FLAG_MUON_SCALE_ASPECT, "aspect")
+#define MUON_SCALE_WORDS(W) \
+    W(FLAG_MUON_SCALE_MAX_DIM, "max-dim") W(FLAG_MUON_SCALE_ASPECT, "aspect")
 #define MUON_FORM_WORDS(W)  W(FLAG_MUON_FORM_SUM, "sum") W(FLAG_MUON_FORM_LERP, "lerp")
 
 #define FLAG_CONSTANT(constant, word) constant,
@@ -64,7 +66,8 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(TEXT, load, "", 0, 0, "", \
       "parameters to start from (safetensors); without --train: sample from them") \
     F(TEXT, out, "run", 0, 0, "", "directory of log.txt, log.jsonl and saved parameters") \
-    F(INT, save_every, 0, 0, 1e9, "steps", "steps between saved parameters; 0: never") \
+    F(INT, save_every, 0, 0, 1e9, "steps", \
+      "steps between saved parameters; 0: at the end alone") \
     F(SWITCH, dry_run, 0, 0, 1, "", "say what would be done, then stop") \
     F(SWITCH, help, 0, 0, 1, "", "show this list") \
     \
@@ -158,12 +161,7 @@ typedef struct Settings {
 // ---- the list as data ----------------------------------------------------------------------
 
 typedef enum FlagKind {
-    FLAG_GROUP,
-    FLAG_INT,
-    FLAG_REAL,
-    FLAG_TEXT,
-    FLAG_CHOICE,
-    FLAG_SWITCH
+    FLAG_GROUP, FLAG_INT, FLAG_REAL, FLAG_TEXT, FLAG_CHOICE, FLAG_SWITCH
 } FlagKind;
 
 typedef struct Flag {
@@ -183,7 +181,8 @@ typedef struct Flag {
 #define FLAG_ROW_TEXT(n, i, l, h)   offsetof(Settings, n), 0, i, 0, 0
 #define FLAG_ROW_CHOICE(n, i, l, h) offsetof(Settings, n), i, l(FLAG_WORD), 0, 0
 #define FLAG_ROW_SWITCH(n, i, l, h) offsetof(Settings, n), i, "", l, h
-#define FLAG_ROW(kind, n, i, l, h, unit, what) { FLAG_##kind, #n, FLAG_ROW_##kind(n, i, l, h), unit, what },
+#define FLAG_ROW(kind, n, i, l, h, unit, what) \
+    { FLAG_##kind, #n, FLAG_ROW_##kind(n, i, l, h), unit, what },
 
 static const Flag FLAG_TABLE[] = { FLAGS(FLAG_ROW) };
 enum { FLAG_COUNT = sizeof FLAG_TABLE / sizeof FLAG_TABLE[0] };
@@ -318,8 +317,7 @@ static inline void flag_set(Settings* s, const Flag* f, const char* where, const
         long long v = strtoll(value, &end, 10);
         REQUIRE(end != value && *end == 0 && *value > ' ', "%s wants an integer, got '%s'", where,
                 value);
-        flag_check_range(f, where, value,
-                         (double)v);    // a larger number than fits is LLONG_MAX here
+        flag_check_range(f, where, value, (double)v);    // what does not fit is LLONG_MAX here
         if (f->kind == FLAG_INT) *flag_int(f, s) = v;
         else *flag_choice(f, s) = (int)v;
     } else if (f->kind == FLAG_REAL) {
@@ -520,20 +518,16 @@ static inline void settings_check(const Settings* s, int world) {
             "--channels %" PRId64 " is not a multiple of --heads %" PRId64 "\nnearest that fit: %s",
             s->channels, s->heads, nearest_multiples(near, sizeof near, s->channels, s->heads));
     int64_t head_dim = s->channels / s->heads;
+    int fit = s->channels % 128 == 0 ? 128 : s->channels % 64 == 0 ? 64 : 32;
+    if (s->channels % 32 == 0) {
+        snprintf(near, sizeof near, "--heads %" PRId64 " (heads of %d)", s->channels / fit, fit);
+    } else {
+        snprintf(near, sizeof near, "none; take --channels in multiples of 32");
+    }
     REQUIRE(head_dim == 32 || head_dim == 64 || head_dim == 128,
             "--channels %" PRId64 " / --heads %" PRId64 " is a head of %" PRId64
-            " channels; it must be 32, 64 or 128\n"
-            "with these channels: --heads %s",
-            s->channels, s->heads, head_dim,
-            s->channels % 32 ? "has no such value; take --channels in multiples of 32"
-                             : (snprintf(near, sizeof near, "%" PRId64 " (heads of %d)",
-                                         s->channels / (s->channels % 128 == 0  ? 128
-                                                        : s->channels % 64 == 0 ? 64
-                                                                                : 32),
-                                         s->channels % 128 == 0  ? 128
-                                         : s->channels % 64 == 0 ? 64
-                                                                 : 32),
-                                near));
+            " channels; it must be 32, 64 or 128\nwith these channels: %s",
+            s->channels, s->heads, head_dim, near);
     REQUIRE(s->vocab % 8 == 0,
             "--vocab %" PRId64
             " is not a multiple of 8 (rows are read 16 bytes at a time)\nnearest that fit: %s; "
@@ -547,8 +541,8 @@ static inline void settings_check(const Settings* s, int world) {
             "--train is missing: the token shards to train on\n"
             "dev/text_to_shards makes them from text files");
     REQUIRE(s->dry_run || sample_only || *s->val,
-            "--val is missing: the token shards of the validation "
-            "loss\ndev/text_to_shards makes them from text files");
+            "--val is missing: the token shards of the validation loss\n"
+            "dev/text_to_shards makes them from text files");
 }
 
 // ---- showing them --------------------------------------------------------------------------

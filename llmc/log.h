@@ -200,8 +200,7 @@ typedef struct LogStep {
 } LogStep;
 
 static inline void log_progress(Log* log, const LogStep* s) {
-    double per_step = s->train_s / (double)s->step,
-           left = per_step * (double)(log->steps - s->step);
+    double left = s->train_s / (double)s->step * (double)(log->steps - s->step);
     double rate = s->train_s > 0 ? (double)s->tokens / s->train_s : 0;
     printf("\rstep %" PRId64 "/%" PRId64 "  loss %.4f  %.0f tokens/s  %" PRId64 ":%02d left\033[K",
            s->step, log->steps, s->loss, rate, (int64_t)left / 60, (int)((int64_t)left % 60));

@@ -13,22 +13,24 @@ losses    (R) fp32, one per row
 targets   (R) int. -1: the row is ignored, its loss and its gradient are 0 whatever its logits are.
           Any other value outside 0..V-1 makes the loss NaN.
 NaN       a NaN among a row's logits makes its loss and its whole gradient NaN.
-cost      bf16: 2 bytes per element for the loss; with the gradient 2 more read (in part from L2) and
-          2 written. Two exponentials per element, four with a softcap: bound by memory.
+cost      bf16: 2 bytes per element for the loss; with the gradient 2 more read (in part from L2)
+          and 2 written. Two exponentials per element, four with a softcap: bound by memory.
 test      test/cases_loss.h
 sources   softcap by tanh: Gemma Team 2024, arXiv:2408.00118, section 2; online softmax: Milakov and
           Gimelshein 2018, arXiv:1805.02867
 
-With t = sigmoid(2 z / cap) or sigmoid(4 z / cap) both caps are lines in t, c = cap (2t - 1) and
-c = cap t, and both slopes are dc/dz = 4 t (1 - t). Computed as 1 / (1 + 2^(k z)), t is right to about
-2^-23 absolute, and there is no overflow: 2^(+inf) gives t = 0, 2^(-inf) gives 1.
+With t = sigmoid(2 z / cap) or sigmoid(4 z / cap) both caps are lines in t, c = cap (2t - 1) and c =
+cap t, and both slopes are dc/dz = 4 t (1 - t). Adding a constant to all c of a row changes neither
+loss nor gradient, so that c = 2 cap t and c = cap t will do. Computed as 1 / (1 + 2^(k z)), t is
+right to about 2^-23 absolute, and there is no overflow: 2^(+inf) gives t = 0, 2^(-inf) gives 1.
 
-A row belongs to as many threads as get 8 chunks of 8 columns each: part of a warp up to V = 2048, then
-whole warps, at most 256 threads, which have a block for themselves. In the first pass each keeps the
-largest value so far and the sum of exponentials relative to it; these are joined over the lanes of a
-warp, then over the warps. The second pass computes the values again from z, which costs less than
-keeping a row of 50,304 floats on chip. The owner of the target's column writes the loss: it alone
-reads and writes that logit, so nothing has to be read before some other thread overwrites it.
+A row belongs to as many threads as get 8 chunks of 8 columns each: part of a warp up to V = 2048,
+then whole warps, at most 256 threads, which have a block for themselves. In the first pass each
+keeps the largest value so far and the sum of exponentials relative to it; these are joined over the
+lanes of a warp, then over the warps. The second pass computes the values again from z, which costs
+less than keeping a row of 50,304 floats on chip. The owner of the target's column writes the loss:
+it alone reads and writes that logit, so nothing has to be read before some other thread overwrites
+it.
 */
 #pragma once
 #include <float.h>
@@ -38,9 +40,9 @@ enum SoftcapKind { SOFTCAP_NONE, SOFTCAP_TANH, SOFTCAP_SIGMOID };
 
 constexpr float LOSS_LOG2E = 1.44269504f;
 
-// c = scale t + offset with t = 1 / (1 + 2^(k z)). Without a cap it is not used.
+// c = scale t with t = 1 / (1 + 2^(k z)). Without a cap it is not used.
 typedef struct {
-    float k, scale, offset;
+    float k, scale;
 } Softcap;
 
 // The threads of a row, and the caller among them.
@@ -55,8 +57,8 @@ typedef struct {
 
 // ---- eight values ------------------------------------------------------------------------------
 
-// 2^x of each. g++ does not make vector code of eight calls of fast_exp2 in the middle of a loop (it
-// unrolls them first), so the host's body is that function written in vector types.
+// 2^x of each. g++ does not make vector code of eight calls of fast_exp2 in the middle of a loop
+// (it unrolls them first), so the host's body is that function written in vector types.
 static __device__ inline float8 exp2_8(float8 x) {
 #ifdef __CUDACC__
     for (int j = 0; j < 8; j++) x.v[j] = fast_exp2(x.v[j]);
@@ -67,13 +69,13 @@ static __device__ inline float8 exp2_8(float8 x) {
     Float8 v, zero = {};
     memcpy(&v, &x, sizeof v);
     Float8 clamped = v < -126.0f ? zero - 126.0f : v > 128.0f ? zero + 128.0f : v;
-    Float8 shifted = clamped + 12582912.0f;            // 1.5 * 2^23: the integer ends in the low bits
+    Float8 shifted = clamped + 12582912.0f;          // 1.5 * 2^23: the integer ends in the low bits
     Float8 f = clamped - (shifted - 12582912.0f);
-    Float8 p = f * 1.5400545e-4f + 1.3333558e-3f;      // ln(2)^k / k!, k = 6..1
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
+    Float8 p = f * 1.54614449e-4f + 1.34004280e-3f;    // 2^f on |f| <= 1/2 to 2e-8, exact at 0:
+    p = p * f + 9.61805694e-3f;                        // interpolation at Chebyshev's nodes
+    p = p * f + 5.55032715e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
     Float8 y = (Float8)((Int8)p + ((Int8)shifted << 23));
     y = v < -126.0f ? zero : v != v ? v : y;
@@ -97,11 +99,6 @@ static __device__ inline float8 softcap_sigmoid8(float8 z, Softcap cap) {
     return z;
 }
 
-static __device__ inline float8 softcap_line8(float8 t, Softcap cap) {
-    for (int j = 0; j < 8; j++) t.v[j] = cap.scale * t.v[j] + cap.offset;
-    return t;
-}
-
 // exp(c - max) of each
 static __device__ inline float8 loss_exp8(float8 c, float max) {
     for (int j = 0; j < 8; j++) c.v[j] = (c.v[j] - max) * LOSS_LOG2E;
@@ -110,16 +107,19 @@ static __device__ inline float8 loss_exp8(float8 c, float max) {
 
 // ---- one thread's part of a row ----------------------------------------------------------------
 
-// `max` starts at the least finite number instead of -inf, so that the difference of two of them is 0
-// and not NaN. A NaN never becomes the maximum for good (a comparison with it is false), but it enters
-// the sum and stays there.
+// `max` starts at the least finite number instead of -inf, so that the difference of two of them is
+// 0 and not NaN. A NaN never becomes the maximum for good (a comparison with it is false), but it
+// enters the sum and stays there.
 template <bool CAPPED>
 static __device__ inline SoftmaxStats loss_scan(const floatX* z, int V, Softcap cap, LossPlace at) {
     float max = -FLT_MAX;
     float8 sums = {};
     for (int c = 8 * at.lane; c < V; c += 8 * at.lanes) {
         float8 v = load8(z + c);
-        if (CAPPED) v = softcap_line8(softcap_sigmoid8(v, cap), cap);
+        if (CAPPED) {
+            v = softcap_sigmoid8(v, cap);
+            for (int j = 0; j < 8; j++) v.v[j] *= cap.scale;
+        }
         float top = max8(v);
         if (top > max) {
             float shrink = fast_exp2((max - top) * LOSS_LOG2E);
@@ -142,7 +142,7 @@ static __device__ inline void loss_gradient(floatX* z, int V, float max, float w
         float8 v = load8(z + c), t = {};
         if (CAPPED) {
             t = softcap_sigmoid8(v, cap);
-            v = softcap_line8(t, cap);
+            for (int j = 0; j < 8; j++) v.v[j] = cap.scale * t.v[j];
         }
         v = loss_exp8(v, max);
         for (int j = 0; j < 8; j++) {
@@ -209,7 +209,7 @@ static __global__ void cross_entropy_kernel(floatX* logits, float* losses, const
         c_target = to_float(z[target]);
         if (CAPPED) {
             float t = 1.0f / (1.0f + fast_exp2(cap.k * c_target));
-            c_target = cap.scale * t + cap.offset;
+            c_target = cap.scale * t;
             slope = 4.0f * t * (1.0f - t);
         }
     }
@@ -253,13 +253,13 @@ static inline void cross_entropy(floatX* logits, float* losses, const int* targe
     dim3 grid(ceil_div(R, threads / lanes)), block(threads);
     size_t smem = threads / WARP * sizeof(float2);
     if (kind == SOFTCAP_NONE) {
-        Softcap none = {0.0f, 0.0f, 0.0f};
+        Softcap none = {0.0f, 0.0f};
         launch<cross_entropy_kernel<false>>(grid, block, smem, stream, logits, losses, targets, R,
                                             V, none, grad_scale, write_grad, lanes);
         return;
     }
-    Softcap line = {-4.0f * LOSS_LOG2E / cap, cap, 0.0f};
-    if (kind == SOFTCAP_TANH) line = {-2.0f * LOSS_LOG2E / cap, 2.0f * cap, -cap};
+    Softcap line = {-4.0f * LOSS_LOG2E / cap, cap};
+    if (kind == SOFTCAP_TANH) line = {-2.0f * LOSS_LOG2E / cap, 2.0f * cap};
     launch<cross_entropy_kernel<true>>(grid, block, smem, stream, logits, losses, targets, R, V,
                                        line, grad_scale, write_grad, lanes);
 }

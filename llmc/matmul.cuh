@@ -6,27 +6,27 @@ Matrix products, by cuBLASLt on a GPU and by oneDNN on a CPU (llmc/host/cublasLt
     matmul_tn        dw(M,N) = a(K,M)ᵀ b(K,N) + beta dw   its weight gradient, kept in float
     matmul_batched   d_i = alpha op(a_i) op(b_i) + beta c_i, matrices one after the other
 
-y x w a b c d   row-major, contiguous, floatX (dw float), aligned to 16 bytes; any sizes. Multiples of
-                8 are what the tensor cores read at full speed.
+y x w a b c d   row-major, contiguous, floatX (dw float), aligned to 16 bytes; any sizes.
+                Multiples of 8 are what the tensor cores read at full speed.
 rounding        sums, alpha and beta in float (no TF32); y and d are rounded once.
 aliases         d may be c. No other output may overlap an input.
 beta = 0        the old output is not read: NaN in it does not matter. NaN in an input gives NaN.
 cost            2 M N K FLOP, bound by the tensor cores for M N K large in all three
 test            test/cases_matmul.h
 
-cuBLASLt is column-major: the same memory is to it the transposed matrix. So the product is asked for as
+cuBLASLt is column-major: the same memory is to it the transposed matrix. So what is asked for is
 
     row-major  D(M,N) = op(A)(M,K) op(B)(K,N)
     column-major      Dᵀ(N,M) = op(B)ᵀ(N,K) op(A)ᵀ(K,M)
 
-that is, b is passed first, then a, with M and N exchanged. A row-major (R,C) matrix is a column-major
-(C,R) one with leading dimension C, and it is passed with op T exactly where the row-major formula
-has it transposed, because the exchange and the change of order each transpose once.
+that is, b is passed first, then a, with M and N exchanged. A row-major (R,C) matrix is a
+column-major (C,R) one with leading dimension C, and it is passed with op T exactly where the
+row-major formula has it transposed: the exchange and the change of order each transpose once.
 
-Descriptors, layouts and the algorithm are made once per shape and kept in a table (a Plan): a call is
-one look-up and one launch. The algorithm is the heuristic's first answer and not the fastest of a
-measurement, so that equal runs use equal algorithms and have equal bits. The workspace belongs to one
-stream; a second stream needs a Matmul of its own.
+Descriptors, layouts and the algorithm are made once per shape and kept in a table (a Plan): a call
+is one look-up and one launch. The algorithm is the heuristic's first answer and not the fastest of
+a measurement, so that equal runs use equal algorithms and have equal bits. The workspace belongs to
+one stream; a second stream needs a Matmul of its own.
 */
 #pragma once
 #include <cublasLt.h>
@@ -34,7 +34,7 @@ stream; a second stream needs a Matmul of its own.
 #include "device.cuh"
 
 constexpr size_t MATMUL_WORKSPACE_BYTES = 32u << 20;    // what NVIDIA recommends for Hopper
-constexpr int MATMUL_PLANS = 256;                       // a power of two; a training run has some 20
+constexpr int MATMUL_PLANS = 256;                       // a power of two; a run has some 20
 
 typedef struct MatmulKey {
     int M, N, K, batch;
@@ -64,22 +64,30 @@ static inline void cublas_check(cublasStatus_t status, const char* call, const M
         key->trans_b, key->float_out ? "float" : FLOATX_IS_BF16 ? "bf16" : "float");
 }
 
-// ---- plans -------------------------------------------------------------------------------------
+// ---- plans ----------------------------------------------------------------------------------
 
-static inline cublasLtMatrixLayout_t matmul_layout(const MatmulKey* key, cudaDataType type, int rows,
-                                                   int cols) {
+static inline cublasLtMatrixLayout_t matmul_layout(const MatmulKey* key, cudaDataType type,
+                                                   int rows, int cols) {
     cublasLtMatrixLayout_t layout;
     cublas_check(cublasLtMatrixLayoutCreate(&layout, type, cols, rows, cols),
                  "cublasLtMatrixLayoutCreate", key);
     int32_t batch = key->batch;
     int64_t stride = (int64_t)rows * cols;
-    cublas_check(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                                  sizeof batch),
+    cublas_check(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                                                  &batch, sizeof batch),
                  "set BATCH_COUNT", key);
     cublas_check(cublasLtMatrixLayoutSetAttribute(
                      layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride),
                  "set STRIDED_BATCH_OFFSET", key);
     return layout;
+}
+
+// What may be promised of every matrix of a batch: the first is aligned to 16 bytes, the others
+// stand a matrix's size apart. (The library would assume 256.)
+static inline uint32_t matmul_alignment(const MatmulKey* key, int rows, int cols, size_t size) {
+    uint32_t align = 16;
+    while (key->batch > 1 && (size_t)rows * cols * size % align != 0) align /= 2;
+    return align;
 }
 
 static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matmul* mm) {
@@ -104,19 +112,24 @@ static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matm
 
     cublasLtMatmulPreference_t preference;
     uint64_t workspace_bytes = MATMUL_WORKSPACE_BYTES;
-    uint32_t align = 16;    // the library's default assumption is 256
-    cublas_check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate", key);
+    cublas_check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate",
+                 key);
     cublas_check(cublasLtMatmulPreferenceSetAttribute(preference,
                                                       CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                       &workspace_bytes, sizeof workspace_bytes),
                  "set MAX_WORKSPACE_BYTES", key);
-    const cublasLtMatmulPreferenceAttributes_t aligns[] = {
+    const cublasLtMatmulPreferenceAttributes_t names[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    size_t out_bytes = key->float_out ? sizeof(float) : sizeof(floatX);
+    const uint32_t aligns[] = {matmul_alignment(key, key->K, key->N, sizeof(floatX)),
+                               matmul_alignment(key, key->M, key->K, sizeof(floatX)),
+                               matmul_alignment(key, key->M, key->N, out_bytes),
+                               matmul_alignment(key, key->M, key->N, out_bytes)};
     for (int i = 0; i < 4; i++) {
-        cublas_check(
-            cublasLtMatmulPreferenceSetAttribute(preference, aligns[i], &align, sizeof align),
-            "set MIN_ALIGNMENT", key);
+        cublas_check(cublasLtMatmulPreferenceSetAttribute(preference, names[i], &aligns[i],
+                                                          sizeof aligns[i]),
+                     "set MIN_ALIGNMENT", key);
     }
     cublasLtMatmulHeuristicResult_t result;
     int found = 0;
@@ -125,7 +138,8 @@ static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matm
                  "cublasLtMatmulAlgoGetHeuristic", key);
     if (found == 0) cublas_check(CUBLAS_STATUS_NOT_SUPPORTED, "cuBLASLt has no algorithm", key);
     plan->algo = result.algo;
-    cublas_check(cublasLtMatmulPreferenceDestroy(preference), "cublasLtMatmulPreferenceDestroy", key);
+    cublas_check(cublasLtMatmulPreferenceDestroy(preference), "cublasLtMatmulPreferenceDestroy",
+                 key);
 }
 
 static inline MatmulPlan* matmul_plan(const MatmulKey* key, Matmul* mm) {
@@ -136,15 +150,17 @@ static inline MatmulPlan* matmul_plan(const MatmulKey* key, Matmul* mm) {
         MatmulPlan* plan = &mm->plans[slot];
         if (plan->desc && memcmp(&plan->key, key, sizeof *key) == 0) return plan;
         if (plan->desc) continue;
-        REQUIRE(mm->count < MATMUL_PLANS / 2, "matmul: more than %d different shapes (M=%d N=%d K=%d)\n"
-                "raise MATMUL_PLANS or pad the sizes", MATMUL_PLANS / 2, key->M, key->N, key->K);
+        REQUIRE(mm->count < MATMUL_PLANS / 2,
+                "matmul: more than %d different shapes (M=%d N=%d K=%d)\n"
+                "raise MATMUL_PLANS or pad the sizes",
+                MATMUL_PLANS / 2, key->M, key->N, key->K);
         matmul_plan_make(plan, key, mm);
         mm->count++;
         return plan;
     }
 }
 
-// ---- calls -------------------------------------------------------------------------------------
+// ---- calls ----------------------------------------------------------------------------------
 
 static inline void matmul_init(Matmul* mm, cudaStream_t stream) {
     memset(mm, 0, sizeof *mm);
@@ -203,10 +219,10 @@ static inline void matmul_tn(float* dw, const floatX* a, const floatX* b, int M,
     matmul_run(dw, a, b, dw, &key, 1.0f, beta, mm, stream);
 }
 
-// d (batch, M, N); op(a_i) is (M, K), op(b_i) is (K, N); c is like d and may be d, or NULL if beta is 0.
-static inline void matmul_batched(floatX* d, const floatX* a, const floatX* b, const floatX* c, int M,
-                                  int N, int K, int batch, bool trans_a, bool trans_b, float alpha,
-                                  float beta, Matmul* mm, cudaStream_t stream) {
+// d, c (batch, M, N); op(a_i) (M, K); op(b_i) (K, N). c may be d, and NULL if beta is 0.
+static inline void matmul_batched(floatX* d, const floatX* a, const floatX* b, const floatX* c,
+                                  int M, int N, int K, int batch, bool trans_a, bool trans_b,
+                                  float alpha, float beta, Matmul* mm, cudaStream_t stream) {
     MatmulKey key = {M, N, K, batch, trans_a, trans_b, false};
     matmul_run(d, a, b, c ? c : d, &key, alpha, beta, mm, stream);
 }

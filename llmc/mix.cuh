@@ -21,9 +21,9 @@ cost            bf16, bytes per element: forward 6; backward 12 with everything;
 test            test/cases_mix.h
 
 The scalars' gradients are sums over N*C products: each warp writes its part to `scratch`, and one
-more block adds the parts, each thread in index order and then block_sum. No atomics: the bits depend on
-N and C alone. A thread takes MIX_CHUNKS chunks of 8 columns, so that the warp's reduction is cheap
-beside the loads and the parts are few: one per 2,048 products.
+more block adds the parts, each thread in index order and then block_sum. No atomics: the bits
+depend on N and C alone. A thread takes MIX_CHUNKS chunks of 8 columns, so that the warp's reduction
+is cheap beside the loads and the parts are few: one per 2,048 products.
 */
 #pragma once
 #include <limits.h>

@@ -11,29 +11,30 @@ NS, the Newton-Schulz iteration, on X = u / (|u|_F + 1e-7), in the form for rows
     A = X Xᵀ;  B = b A + c A²;  X = a X + B X        (a, b, c) = (3.4445, -4.7750, 2.0315)
 
 With u = U Σ Vᵀ the result is U S Vᵀ: every step maps each singular value s to a s + b s³ + c s⁵ and
-leaves U and V alone. The coefficients make small values grow fast, not converge: after five steps all
-that started above 0.002 of the norm lie in (0.68, 1.21), near 1 but not at it; smaller ones have grown
-by up to 3.4445^5 = 485. That is as good as U Vᵀ for training, and cheaper. A zero gradient gives O = 0.
+leaves U and V alone. The coefficients make small values grow fast, not converge: after five steps
+all that started above 0.002 of the norm lie in (0.68, 1.21), near 1 but not at it; smaller ones
+have grown by up to 3.4445^5 = 485. That is as good as U Vᵀ for training, and cheaper. A zero
+gradient gives O = 0.
 
 X with rows > cols is worked on as its transpose without being moved: A = Xᵀ X and X = a X + X Bᵀ,
 so that A is always (k,k), k = min(rows, cols). Alpha, beta and C of the products do all the adding:
 a step is three matrix products, each for all matrices of a slice at once.
 
-scale       muon_scale(): the published rules, of the logical (out, in) shape. The caller passes numbers
-            because a bank may store a matrix transposed.
+scale       muon_scale(): the published rules, of the logical (out, in) shape. The caller passes
+            numbers because a bank may store a matrix transposed.
 p           (count, rows, cols) floatX, rows*cols divisible by 8, aligned to 16 bytes
 master      the same in float, what the update starts from; in the fp32 build it may be p
 g m         the same in float; m is the only state
-scratch     muon_scratch_bytes(count, rows, cols), aligned to 256 bytes; bounded, because a bank is worked on
-            in slices of at most MUON_SLICE matrices
-rounding    bf16 build: u, X, A, B rounded to bf16 once each, everything between in float. |u| is of the
-            rounded u, in float, in a fixed order.
+scratch     muon_scratch_bytes(count, rows, cols), aligned to 256 bytes; bounded, because a bank is
+            worked on in slices of at most MUON_SLICE matrices
+rounding    bf16 build: u, X, A, B rounded to bf16 once each, everything between in float. |u| is of
+            the rounded u, in float, in a fixed order.
 NaN         one NaN in g makes the whole matrix NaN
 cost        15 matrix products: 2 steps k² (2 max(rows,cols) + k) FLOP per matrix, 13.6 GFLOP at
             768x768; and 38 bytes per element (bf16 with master)
 test        test/cases_optimizer.h: newton_schulz, muon
-source      Jordan et al. 2024, kellerjordan.github.io/posts/muon; coefficients and both forms as in the
-            records of modded-nanogpt
+source      Jordan et al. 2024, kellerjordan.github.io/posts/muon; coefficients and both forms as
+            in the records of modded-nanogpt
 */
 #pragma once
 #include "device.cuh"
@@ -42,7 +43,7 @@ source      Jordan et al. 2024, kellerjordan.github.io/posts/muon; coefficients 
 typedef enum MuonForm { MUON_FORM_SUM, MUON_FORM_LERP, MUON_FORM_NONE /* u = g */ } MuonForm;
 typedef enum MuonScale { MUON_SCALE_MAX_DIM, MUON_SCALE_ASPECT } MuonScale;
 
-// 16 matrices of 768x768 have 16 x 36 tiles of 128x128: more than four for each of 132 multiprocessors.
+// 16 matrices of 768x768 have 16 x 36 tiles of 128x128: four for each of 132 multiprocessors.
 constexpr int MUON_SLICE = 16;
 constexpr int MUON_THREADS = 128;
 constexpr int MUON_PASSES = 8;    // of 8 elements: eight to share the cost of the sum over a block
@@ -51,7 +52,7 @@ constexpr float MUON_EPS = 1e-7f;
 constexpr float MUON_A = 3.4445f, MUON_B = -4.7750f, MUON_C = 2.0315f;
 
 typedef struct MuonSteps {
-    float v[MUON_SLICE];    // lr * scale of each matrix, by value: nothing to copy before the launch
+    float v[MUON_SLICE];    // lr * scale of each matrix; by value, so there is nothing to copy
 } MuonSteps;
 
 typedef struct MuonScratch {
@@ -79,7 +80,7 @@ static inline MuonScratch muon_scratch(void* scratch, int count, int rows, int c
     int slices = (int)ceil_div(count, MUON_SLICE);
     int k = rows < cols ? rows : cols;
     size_t n = (size_t)rows * cols, square = (size_t)k * k;
-    s.slice = (int)ceil_div(count, slices);    // near-equal slices: no remainder that leaves the GPU idle
+    s.slice = (int)ceil_div(count, slices);    // near-equal: no small rest that leaves a GPU idle
     s.bytes = 0;
     s.x = (floatX*)muon_carve(scratch, &s.bytes, s.slice * n * sizeof(floatX));
     s.y = (floatX*)muon_carve(scratch, &s.bytes, s.slice * n * sizeof(floatX));
@@ -95,7 +96,7 @@ static inline size_t muon_scratch_bytes(int count, int rows, int cols) {
     return muon_scratch(NULL, count, rows, cols).bytes;
 }
 
-// ---- kernels: blockIdx.y is the matrix -----------------------------------------------------------
+// ---- kernels: blockIdx.y is the matrix ------------------------------------------------------
 
 // m and u, the latter into x, and the block's share of |u|².
 template <MuonForm FORM>
@@ -138,7 +139,8 @@ static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial,
 static __global__ void muon_norm_kernel(float* inverse, const float* partial, int blocks) {
     DYN_SMEM(float, scratch);
     float sum = 0.0f;
-    for (int b = threadIdx.x; b < blocks; b += MUON_THREADS) sum += partial[blockIdx.y * blocks + b];
+    for (int b = threadIdx.x; b < blocks; b += MUON_THREADS)
+        sum += partial[blockIdx.y * blocks + b];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) inverse[blockIdx.y] = 1.0f / (sqrtf(sum) + MUON_EPS);
 }
@@ -166,11 +168,11 @@ static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* 
     store8(p + i, w);
 }
 
-// ---- one slice -----------------------------------------------------------------------------------
+// ---- one slice ------------------------------------------------------------------------------
 
 // x = (momentum of g) / norm, for `count` matrices; m is not touched by MUON_FORM_NONE.
-static inline void muon_direction(const MuonScratch* s, float* m, const float* g, int count, size_t n,
-                                  float mu, MuonForm form, cudaStream_t stream) {
+static inline void muon_direction(const MuonScratch* s, float* m, const float* g, int count,
+                                  size_t n, float mu, MuonForm form, cudaStream_t stream) {
     int blocks = (int)ceil_div(n, MUON_BLOCK_ELEMENTS);
     dim3 grid(blocks, count), block(MUON_THREADS);
     size_t smem_bytes = 32 * sizeof(float);
@@ -190,7 +192,7 @@ static inline void muon_direction(const MuonScratch* s, float* m, const float* g
                                   stream, s->x, (const float*)s->inverse, n);
 }
 
-// The iteration on s->x. Returns s->x or s->y, whichever holds the result; the other is overwritten.
+// The iteration on s->x. Returns s->x or s->y, whichever holds the result; the other is junk.
 static inline floatX* muon_iterate(const MuonScratch* s, int count, int rows, int cols, int steps,
                                    Matmul* mm, cudaStream_t stream) {
     bool tall = rows > cols;
@@ -198,11 +200,14 @@ static inline floatX* muon_iterate(const MuonScratch* s, int count, int rows, in
     floatX *x = s->x, *y = s->y;
     for (int i = 0; i < steps; i++) {
         matmul_batched(s->a, x, x, NULL, k, k, depth, count, tall, !tall, 1.0f, 0.0f, mm, stream);
-        matmul_batched(s->b, s->a, s->a, s->a, k, k, k, count, false, false, MUON_C, MUON_B, mm, stream);
+        matmul_batched(s->b, s->a, s->a, s->a, k, k, k, count, false, false, MUON_C, MUON_B, mm,
+                       stream);
         if (tall) {
-            matmul_batched(y, x, s->b, x, rows, cols, k, count, false, true, 1.0f, MUON_A, mm, stream);
+            matmul_batched(y, x, s->b, x, rows, cols, k, count, false, true, 1.0f, MUON_A, mm,
+                           stream);
         } else {
-            matmul_batched(y, s->b, x, x, rows, cols, k, count, false, false, 1.0f, MUON_A, mm, stream);
+            matmul_batched(y, s->b, x, x, rows, cols, k, count, false, false, 1.0f, MUON_A, mm,
+                           stream);
         }
         floatX* swap = x;
         x = y;
@@ -224,11 +229,11 @@ static inline MuonScratch muon_begin(void* scratch, size_t scratch_bytes, int co
     return s;
 }
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------
 
 // o = NS(g), both (count, rows, cols)
-static inline void newton_schulz(floatX* o, const float* g, int count, int rows, int cols, int steps,
-                                 void* scratch, size_t scratch_bytes, Matmul* mm,
+static inline void newton_schulz(floatX* o, const float* g, int count, int rows, int cols,
+                                 int steps, void* scratch, size_t scratch_bytes, Matmul* mm,
                                  cudaStream_t stream) {
     MuonScratch s = muon_begin(scratch, scratch_bytes, count, rows, cols);
     size_t n = (size_t)rows * cols;
@@ -242,10 +247,10 @@ static inline void newton_schulz(floatX* o, const float* g, int count, int rows,
 }
 
 // scale: one per matrix, on the host, read before the call returns
-static inline void muon_update(floatX* p, float* master, const float* g, float* m, int count, int rows,
-                               int cols, const float* scale, float lr, float mu, MuonForm form,
-                               int ns_steps, void* scratch, size_t scratch_bytes, Matmul* mm,
-                               cudaStream_t stream) {
+static inline void muon_update(floatX* p, float* master, const float* g, float* m, int count,
+                               int rows, int cols, const float* scale, float lr, float mu,
+                               MuonForm form, int ns_steps, void* scratch, size_t scratch_bytes,
+                               Matmul* mm, cudaStream_t stream) {
     MuonScratch s = muon_begin(scratch, scratch_bytes, count, rows, cols);
     REQUIRE(master || !FLOATX_IS_BF16, "muon: bf16 weights need a master copy in float");
     bool has_master = master && (void*)master != (void*)p;
@@ -259,8 +264,8 @@ static inline void muon_update(floatX* p, float* master, const float* g, float* 
         for (int i = 0; i < matrices; i++) step.v[i] = lr * scale[first + i];
         dim3 grid((unsigned)ceil_div(n, 8 * MUON_THREADS), matrices), block(MUON_THREADS);
         if (has_master) {
-            launch<muon_step_kernel<true>>(grid, block, 0, stream, p + offset, master + offset, o, n,
-                                           step);
+            launch<muon_step_kernel<true>>(grid, block, 0, stream, p + offset, master + offset, o,
+                                           n, step);
         } else {
             launch<muon_step_kernel<false>>(grid, block, 0, stream, p + offset, (float*)NULL, o, n,
                                             step);

@@ -10,10 +10,10 @@ reads two floats when it needs them.
 out         2 floats
 g           n floats, any n, aligned to 16 bytes
 scratch     grad_norm_scratch_floats(n) floats
-order       A block sums 16384 neighbouring elements and one more block sums the blocks: a fixed tree,
-            so equal gradients have equal bits. A term passes through at most 32 + n/2^21 roundings of
-            2^-24 each, and all terms are positive: that is the relative error of out[0] at most, 1e-5
-            for 2^28 elements.
+order       A block sums 16384 neighbouring elements and one more block sums the blocks: a fixed
+            tree, so equal gradients have equal bits. A term passes through at most 32 + n/2^21
+            roundings of 2^-24 each, and all terms are positive: that is the relative error of
+            out[0] at most, 1e-5 for 2^28 elements.
 overflow    A sum above 3.4e38 is infinite while out[1] stays 0; out[1] is exact up to 2^24.
 cost        4 bytes per element; bound by memory
 test        test/cases_optimizer.h: norm
@@ -67,7 +67,8 @@ static __global__ void grad_norm_kernel(float* partial, const float* g, size_t n
     }
 }
 
-static __global__ void grad_norm_finish_kernel(float* out, const float* partial, int blocks, bool add) {
+static __global__ void grad_norm_finish_kernel(float* out, const float* partial, int blocks,
+                                               bool add) {
     DYN_SMEM(float, scratch);
     float sum = 0.0f, bad = 0.0f;
     for (int b = threadIdx.x; b < blocks; b += NORM_THREADS) {
@@ -82,7 +83,7 @@ static __global__ void grad_norm_finish_kernel(float* out, const float* partial,
     }
 }
 
-// ---- launcher ----------------------------------------------------------------------------------
+// ---- launcher -------------------------------------------------------------------------------
 
 static inline void grad_norm(float* out, const float* g, size_t n, bool add, float* scratch,
                              cudaStream_t stream) {

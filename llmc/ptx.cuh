@@ -280,7 +280,8 @@ static __device__ inline void mma_abt(float (&c)[MT][NT][4], const float* a, con
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float *x = a + (m * 16 + g + i / 2 * 8) * LD, *y = b + (n * 8 + 2 * t + i % 2) * LD;
+                const float *x = a + (m * 16 + g + i / 2 * 8) * LD,
+                            *y = b + (n * 8 + 2 * t + i % 2) * LD;
                 float sum = 0;
 #pragma unroll 4
                 for (int k = 0; k < 16 * KT; k++) sum += x[k] * y[k];

@@ -19,10 +19,10 @@ cost              bf16, bytes per element: forward 4, with residual 8, backward 
 test              test/cases_rmsnorm.h
 source            Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467
 
-A row belongs to W = 2, 4, .. 32 neighbouring lanes of one warp, as few as still hold it in registers:
-lane l owns the chunks of 8 columns l, l + W, l + 2W, ... and keeps its first four between the sum and
-the scaling, which is all of them up to C = 1024. The lanes meet once per row; there is no shared
-memory and no barrier.
+A row belongs to W = 2, 4, .. 32 neighbouring lanes of one warp, as few as still hold it in
+registers: lane l owns the chunks of 8 columns l, l + W, l + 2W, ... and keeps its first four
+between the sum and the scaling, which is all of them up to C = 1024. The lanes meet once per row;
+there is no shared memory and no barrier.
 */
 #pragma once
 #include "device.cuh"
@@ -32,8 +32,8 @@ constexpr int RMSNORM_KEEP = 4;    // chunks in registers; what lies beyond is r
 
 // The row of a thread and its place in it.
 typedef struct {
-    bool active;         // false past the last row; the thread has no columns then, but takes part in
-    int row, lane;       // the warp's sums
+    bool active;         // false past the last row; the thread has no columns then,
+    int row, lane;       // but takes part in the warp's sums
     int first, step;     // its first column, and from there to its next
     size_t base;         // of the row
 } RmsnormPlace;

@@ -130,9 +130,11 @@ static inline void rotary_tables(float* cos, float* sin, int T, int D, float bas
 
 static inline unsigned qknorm_rotary_blocks(const void* p, int N, int T, int H, int D, int ld) {
     REQUIRE(T > 0 && N % T == 0, "rotary needs rows in whole sequences of T, got N=%d T=%d", N, T);
-    REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
-            "rotary needs q and k aligned to 16 bytes, in rows of a multiple of 8 and at least 2 H D"
-            " = %d columns; got %p and %d", 2 * H * D, p, ld);
+    REQUIRE(
+        (uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
+        "rotary needs q and k aligned to 16 bytes, in rows of a multiple of 8 and at least 2 H D"
+        " = %d columns; got %p and %d",
+        2 * H * D, p, ld);
     return (unsigned)ceil_div((size_t)N * 2 * H * (D / 16), ROTARY_BLOCK);
 }
 

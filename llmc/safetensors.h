@@ -1,11 +1,10 @@
 /*
 Named tensors in a file: the safetensors format, written and read.
 
-    u64 n, little-endian | n bytes of JSON, padded with spaces to a multiple of 8 | the tensors'
-    bytes
+    u64 n, little-endian | n bytes of JSON, padded with spaces to a multiple of 8 | the data
 
-    {"__metadata__": {"key": "text"}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0,
-    24]}}
+    {"__metadata__": {"key": "text"},
+     "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 Offsets count from the end of the JSON; tensors are row-major, little-endian and cover the data
 without gap or overlap. The writer puts wider types first, so that every tensor is aligned to its
@@ -61,9 +60,14 @@ static inline int64_t safe_elements(const SafeTensor* t) {
 
 // ---- writing -------------------------------------------------------------------------------
 
+// Bytes of tensor i, for tensors whose data is NULL. They are used before the next call: a model's
+// weights need not lie in host memory all at once.
+typedef const void* (*SafeFetch)(void* context, int i);
+
 // metadata: key, value, key, value, ...; `pairs` of them.
-static inline void safetensors_write(const char* path, const SafeTensor* tensors, int count,
-                                     const char* const* metadata, int pairs) {
+static inline void safetensors_write_from(const char* path, const SafeTensor* tensors, int count,
+                                          const char* const* metadata, int pairs, SafeFetch fetch,
+                                          void* context) {
     char* json = NULL;
     size_t json_bytes = 0;
     FILE* text = open_memstream(&json, &json_bytes);
@@ -119,7 +123,8 @@ static inline void safetensors_write(const char* path, const SafeTensor* tensors
     for (int i = 0; i < count && ok; i++) {
         const SafeTensor* t = &tensors[order[i]];
         size_t bytes = (size_t)safe_elements(t) * SAFE_TYPE_BYTES[t->type];
-        ok = bytes == 0 || fwrite(t->data, 1, bytes, file) == bytes;
+        const void* data = t->data || bytes == 0 ? t->data : fetch(context, order[i]);
+        ok = bytes == 0 || fwrite(data, 1, bytes, file) == bytes;
     }
     ok = ok && fflush(file) == 0 && fsync(fileno(file)) == 0;
     int error = errno;
@@ -138,6 +143,11 @@ static inline void safetensors_write(const char* path, const SafeTensor* tensors
     free(json);
 }
 
+static inline void safetensors_write(const char* path, const SafeTensor* tensors, int count,
+                                     const char* const* metadata, int pairs) {
+    safetensors_write_from(path, tensors, count, metadata, pairs, NULL, NULL);
+}
+
 // ---- reading: JSON of exactly this form ----------------------------------------------------
 
 typedef struct SafeFile {
@@ -149,8 +159,7 @@ typedef struct SafeFile {
     void* map;
     size_t map_bytes;
     char* strings;              // names, keys and values, each ended by 0
-    char* strings_end;    // where the next one goes; the store is as large as the JSON, which is
-                          // enough
+    char* strings_end;          // where the next goes; as much room as the JSON takes is enough
 } SafeFile;
 
 typedef struct SafeCursor {
@@ -196,12 +205,11 @@ static inline bool safe_hex4(SafeCursor* c, unsigned* code) {
     for (int i = 0; i < 4; i++, c->at++) {
         if (c->at == c->end) return safe_fail(c, "a \\u escape is cut short");
         char h = *c->at;
-        unsigned digit = h >= '0' && h <= '9'   ? (unsigned)(h - '0')
-                         : h >= 'a' && h <= 'f' ? (unsigned)(h - 'a') + 10
-                         : h >= 'A' && h <= 'F' ? (unsigned)(h - 'A') + 10
-                                                : 16;
-        if (digit == 16) return safe_fail(c, "a \\u escape has byte 0x%02x", (unsigned char)h);
-        *code = 16 * *code + digit;
+        static const char DIGITS[] = "0123456789abcdefABCDEF";
+        const char* digit = h ? strchr(DIGITS, h) : NULL;
+        if (!digit) return safe_fail(c, "a \\u escape has byte 0x%02x", (unsigned char)h);
+        int value = (int)(digit - DIGITS);
+        *code = 16 * *code + (unsigned)(value < 16 ? value : value - 6);
     }
     return true;
 }

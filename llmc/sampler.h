@@ -1,9 +1,9 @@
 /*
 From a row of logits to a token, and from tokens to text.
 
-    p_i = exp((z_i - max z) / temperature) / sum,   over the top_k largest z; ties go to the lower
-    id token = the first i, from the largest z down, at which the running sum of p exceeds u in (0,
-    1)
+    p_i   = exp((z_i - max z) / temperature) / sum     over the top_k largest z; ties: the lower id
+    token = the first at which the running sum of p exceeds u in (0, 1)
+            in falling order of z, or in the order of the ids where all may be drawn
 
 u depends on (seed, index) alone, so a sample can be drawn again. Temperature 0 is the largest z.
 
@@ -38,8 +38,7 @@ static inline int sampler_pick(const float* logits, int V, float temperature, in
         best[at] = i;
         if (count < k) count++;
     }
-    // From all of them the order does not matter, and sorting the whole row would be work for
-    // nothing.
+    // All may be drawn: their order does not matter, so the row is not sorted.
     for (; count < k; count++) best[count] = count;
     double top = -INFINITY, sum = 0;
     for (int i = 0; i < k; i++) top = logits[best[i]] > top ? logits[best[i]] : top;
@@ -70,18 +69,15 @@ static inline size_t sampler_append(char* out, size_t size, size_t at, const cha
 }
 
 // Text of the tokens, ended by 0; returns its length. Control characters other than newline and tab
-// are spelled out, so that a sample cannot steer the terminal; bytes that are not UTF-8 become
-// U+FFFD.
+// are spelled out, so that a sample cannot steer the terminal; what is not UTF-8 becomes U+FFFD.
 static inline size_t sampler_text(char* out, size_t size, const int* tokens, int n, int vocab) {
     size_t at = 0;
     char piece[32];
     for (int i = 0; i < n;) {
-        if (vocab > BYTE_VOCAB || tokens[i] > 255) {
-            if (vocab <= BYTE_VOCAB && tokens[i] == BYTE_END)
-                snprintf(piece, sizeof piece, "<end>");
-            else
-                snprintf(piece, sizeof piece, vocab > BYTE_VOCAB ? "%s%d" : "%s<%d>",
-                         i && vocab > BYTE_VOCAB ? " " : "", tokens[i]);
+        if (vocab > BYTE_VOCAB || tokens[i] >= BYTE_END) {
+            if (vocab > BYTE_VOCAB) snprintf(piece, sizeof piece, i ? " %d" : "%d", tokens[i]);
+            else if (tokens[i] == BYTE_END) snprintf(piece, sizeof piece, "<end>");
+            else snprintf(piece, sizeof piece, "<%d>", tokens[i]);
             at = sampler_append(out, size, at, piece, strlen(piece));
             i++;
             continue;

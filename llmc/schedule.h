@@ -6,9 +6,9 @@ step, so a run that resumes, and a test that asks for step 3649 alone, see the s
                  r + (1 - r) (S - t) / K              t >= S - K        K = round(cooldown_frac S)
     momentum(t)  a + (mu - a) min(t / W, 1)           W warm-up steps from a to mu
 
-S is --steps and t the 0-based index of the update. r is --final-lr-frac: it would be reached at t =
-S, one step after the last, as in the records. No warm-up of the learning rate: none of the recipes
-has one.
+S is --steps and t the 0-based index of the update. r is --final-lr-frac; it would be reached at
+t = S, one step after the last, as in the records. The learning rate has no warm-up: none of the
+recipes has one.
 
 test        test/test_services.c: schedule
 source      the recipes' own change points: scripts/recipes

@@ -30,6 +30,34 @@ static void test_embedding_forward(int N, int C, int V) {
     cudaFree(wte_d), cudaFree(out_d), cudaFree(tokens_d);
 }
 
+// The lists say what the kernels rely on: a segment has at most EMBEDDING_SEGMENT positions, a row
+// of dwte one writer, which is a segment or a long list, and a row of `partial` one writer and one
+// reader.
+static void test_embedding_lists(const EmbeddingIndex* index, const int* tokens, int N, int V) {
+    EmbeddingLists l = embedding_lists(index->host, index->capacity);
+    int *writers = (int*)test_calloc(V, sizeof(int)), wrong = 0, next_partial = 0;
+    for (int s = 0; s < *l.n_segments; s++) {
+        int begin = l.segment_begin[s], end = l.segment_begin[s + 1], row = l.segment_row[s];
+        wrong += end <= begin || end - begin > EMBEDDING_SEGMENT;
+        wrong += row < 0 ? ~row != next_partial++ : tokens[l.positions[begin]] != row;
+        if (row >= 0) writers[row]++;
+        for (int p = begin + 1; p < end; p++) {
+            wrong += l.positions[p] <= l.positions[p - 1];
+            wrong += tokens[l.positions[p]] != tokens[l.positions[begin]];
+        }
+    }
+    for (int k = 0; k < *l.n_long; k++) {
+        wrong += l.long_begin[k + 1] - l.long_begin[k] < 2;
+        writers[l.long_token[k]]++;
+    }
+    wrong += l.segment_begin[*l.n_segments] != N || l.segment_begin[0] != 0;
+    wrong += l.long_begin[*l.n_long] != next_partial || l.long_begin[0] != 0;
+    for (int v = 0; v < V; v++) wrong += writers[v] > 1;
+    for (int n = 0; n < N; n++) wrong += writers[tokens[n]] != 1;
+    test_check("embedding_index_build: lists with a broken rule", wrong, 0);
+    free(writers);
+}
+
 // One batch through a given index; dwte starts at whole numbers, which have to be added to.
 static void test_embedding_batch(const char* name, EmbeddingIndex* index, const int* tokens, int N,
                                  int C, int V, bool whole) {
@@ -53,6 +81,7 @@ static void test_embedding_batch(const char* name, EmbeddingIndex* index, const 
     double tol = whole ? 0 : (64 + most / 64 + 1) * 0x1p-24 * (most + 1) * largest;
 
     embedding_index_build(index, tokens, N, V);
+    test_embedding_lists(index, tokens, N, V);
     embedding_index_upload(index, 0);
     embedding_backward(dwte_d, dout_d, index, C, 0);
     embedding_backward(again_d, dout_d, index, C, 0);
@@ -65,8 +94,8 @@ static void test_embedding_batch(const char* name, EmbeddingIndex* index, const 
     cudaFree(dout_d), cudaFree(dwte_d), cudaFree(again_d);
 }
 
-// Two batches one after the other through one index, with no wait between them: the second build must
-// not change the lists that the first upload has still to read.
+// Two batches one after the other through one index, with no wait between them: the second build
+// must not change the lists that the first upload has still to read.
 static void test_embedding_reuse(void) {
     const int N = 200, C = 8, V = 10;
     double *dout = test_doubles(N * C), *dwte = test_doubles(V * C);

@@ -1,14 +1,14 @@
 /*
 loss: llmc/loss.cuh against oracle.h.
 
-Allowed, with u = 2^-24 and d = max c - c. Inputs are what floatX holds, so losses are judged alike in
-both precisions. c is right to 4 cap u (the sigmoid to 2 u, times the cap or twice that). An
+Allowed, with u = 2^-24 and d = max c - c. Inputs are what floatX holds, so losses are judged alike
+in both precisions. c is right to 4 cap u (the sigmoid to 2 u, times the cap or twice that). An
 exponential of c - max carries the error of both, d u from each of two roundings of the argument and
 4 u of its own; the sum of V of them as many u as its longest chain of additions: V / (8 threads) in
-a thread, at most 25, 8 + 5 + 8 across lanes and warps. A softmax entry p is thus right to
-(64 + 16 cap + 2 d) u relative, doubled for the sum below it, and dz besides to the error of the
-slope, 8 u absolute, and of p - 1 at the target. A loss is right to (64 + 16 cap + 4 |max - c_target|
-+ 4 |loss|) u. Exponentials below 2^-126 are 0: 1e-37 absolute. Then dz is rounded to floatX.
+a thread, at most 25, 8 + 5 + 8 across lanes and warps. A softmax entry p is thus right to (64 + 16
+cap + 2 d) u relative, doubled for the sum below it, and dz besides to the error of the slope, 8 u
+absolute, and of p - 1 at the target. A loss is right to (64 + 16 cap + 4 |max - c_target| + 4
+|loss|) u. Exponentials below 2^-126 are 0: 1e-37 absolute. Then dz is rounded to floatX.
 */
 #pragma once
 #include "../llmc/loss.cuh"
@@ -116,8 +116,8 @@ static void test_loss_edges(int V) {
     free(z);
 }
 
-// Row 0 holds a NaN, row 1 is ignored though it does, row 2 has a target outside the vocabulary, row 3
-// one below it, row 4 is well, row 5 is masked out (-inf) except at two columns.
+// Row 0 holds a NaN, row 1 is ignored though it does, row 2 has a target outside the vocabulary,
+// row 3 one below it, row 4 is well, row 5 is masked out (-inf) except at two columns.
 static void test_loss_nan(SoftcapKind kind, int V) {
     const int R = 6;
     size_t n = (size_t)R * V;
@@ -142,8 +142,8 @@ static void test_loss_nan(SoftcapKind kind, int V) {
     test_compare_device_float(what, losses_d, losses, R, 1e-4, 0);
     test_compare_device("cross_entropy gradient of a NaN and of an ignored row", z_d, dz, 2 * V, 0,
                         0);
-    test_compare_device("cross_entropy gradient of a well and a masked row", z_d + 4 * V, dz + 4 * V,
-                        2 * V, 1e-5, TEST_EPS);
+    test_compare_device("cross_entropy gradient of a well and a masked row", z_d + 4 * V,
+                        dz + 4 * V, 2 * V, 1e-5, TEST_EPS);
     free(z), free(dz);
     cudaFree(z_d), cudaFree(losses_d), cudaFree(targets_d);
 }
@@ -168,8 +168,8 @@ static void test_loss_exact(int V) {
     cudaFree(z_d), cudaFree(losses_d), cudaFree(targets_d);
 }
 
-// The file has V = 301 and 100: columns of -1e30 follow. Without a cap they weigh nothing; capped at
-// -15 or 0 they add less than 1e-7 of the row's sum.
+// The file has V = 301 and 100: columns of -1e30 follow. Without a cap they weigh nothing; capped
+// at -15 or 0 they add less than 1e-7 of the row's sum.
 static void test_loss_golden(const char* path, const char* prefix, int R, int V, SoftcapKind kind,
                              float cap, const char* targets_name, bool mean) {
     int padded = (V + 7) / 8 * 8, counted = 0;
@@ -238,7 +238,34 @@ static void test_loss_sum(size_t n) {
     cudaFree(out_d), cudaFree(x_d);
 }
 
+static __global__ void test_exp2_8_kernel(float* y, const float* x, int n) {
+    int i = 8 * (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < n) store8(y + i, exp2_8(load8(x + i)));
+}
+
+// To 4 u, the 2 ulp that ex2.approx promises; 1 at 0; 0 below 2^-126, inf from 2^128.
+static void test_exp2_8(void) {
+    const int n = 1 << 16;
+    double *x = test_doubles(n), *y = test_doubles(n);
+    for (int i = 0; i < n; i++) {
+        x[i] = (float)(260.0 * test_uniform(11, i) - 130);
+        if (i % 4 == 0) x[i] = (float)(2.0 * test_uniform(12, i) - 1);
+        if (i % 8 == 1) x[i] = i % 16 == 1 ? 0 : i / 8 % 300 - 150;
+        if (i % 8 == 3 && i / 8 < 3) x[i] = i / 8 == 0 ? NAN : i / 8 == 1 ? INFINITY : -INFINITY;
+        y[i] = x[i] < -126 ? 0 : x[i] >= 128 ? INFINITY : exp2(x[i]);
+    }
+    float *x_d = test_upload_float(x, n), *y_d = test_device_float(n);
+    launch<test_exp2_8_kernel>(dim3(n / 2048), dim3(256), 0, (cudaStream_t)0, y_d,
+                               (const float*)x_d, n);
+    float* got = test_download_float(y_d, n);
+    test_compare("exp2_8", got, y, n, 0, 4 * 0x1p-24);
+    test_check("exp2_8 of 0", fabs(got[1] - 1.0), 0);
+    free(x), free(y), free(got);
+    cudaFree(x_d), cudaFree(y_d);
+}
+
 static void test_loss(void) {
+    test_exp2_8();
     const int sizes[][2] = {{1, 8}, {5, 64}, {3, 128}, {70, 256}, {3, 2056}, {4, 4096}, {3, 50304}};
     for (int i = 0; i < 7; i++) test_loss_random(sizes[i][0], sizes[i][1]);
     test_loss_edges(128);

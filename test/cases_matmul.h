@@ -2,9 +2,9 @@
 matmul: llmc/matmul.cuh against oracle.h; in the host build also llmc/host/cublasLt.cpp on its own.
 
 Allowed, with u = 2^-24: a sum of K products in float, in any order and with or without fused
-multiply-add, is off by at most K u Σ|a||b|; alpha and beta add two roundings; then one rounding to the
-output's type. The bound is taken element by element from the products of absolute values. Whole numbers
-small enough for all sums to be exact must come out exact but for that last rounding.
+multiply-add, is off by at most K u Σ|a||b|; alpha and beta add two roundings; then one rounding to
+the output's type. The bound is taken element by element from the products of absolute values. Whole
+numbers small enough for all sums to be exact must come out exact but for that last rounding.
 */
 #pragma once
 #include "../llmc/matmul.cuh"
@@ -17,9 +17,9 @@ small enough for all sums to be exact must come out exact but for that last roun
 typedef enum { TEST_NT, TEST_NN, TEST_TN } TestMatmulKind;
 static const char* const TEST_MATMUL_NAME[] = {"nt", "nn", "tn"};
 
-// want[i] and the sum of absolute values that stands for its rounding error: worst ratio of error to bound
-static double test_matmul_worst(const float* got, const double* want, const double* magnitude, size_t n,
-                                int K, double out_eps) {
+// Worst ratio of error to bound; magnitude[i] is the sum of absolute values behind want[i].
+static double test_matmul_worst(const float* got, const double* want, const double* magnitude,
+                                size_t n, int K, double out_eps) {
     double worst = 0;
     for (size_t i = 0; i < n; i++) {
         double allowed = (K + 2) * 0x1p-24 * magnitude[i] + out_eps * fabs(want[i]);
@@ -31,18 +31,19 @@ static double test_matmul_worst(const float* got, const double* want, const doub
     return worst;
 }
 
-static void test_matmul_oracle(double* d, const double* a, const double* b, TestMatmulKind kind, int M,
-                               int N, int K, double beta) {
+static void test_matmul_oracle(double* d, const double* a, const double* b, TestMatmulKind kind,
+                               int M, int N, int K, double beta) {
     if (kind == TEST_NT) oracle_matmul_nt(d, a, b, M, N, K);
     if (kind == TEST_NN) oracle_matmul_nn(d, a, b, M, N, K);
     if (kind == TEST_TN) oracle_matmul_tn(d, a, b, M, N, K, beta);
 }
 
-// whole: small whole numbers, wanted exactly; else normal numbers. A NaN stands in the output before.
+// whole: small whole numbers, wanted exactly; else normal ones. With beta 0 the output starts NaN.
 static void test_matmul_case(TestMatmulKind kind, int M, int N, int K, float beta, bool whole,
                              Matmul* mm, cudaStream_t s) {
     size_t na = (size_t)M * K, nb = (size_t)K * N, nd = (size_t)M * N;
-    double *a = test_doubles(na), *b = test_doubles(nb), *d = test_doubles(nd), *mag = test_doubles(nd);
+    double *a = test_doubles(na), *b = test_doubles(nb), *d = test_doubles(nd),
+           *mag = test_doubles(nd);
     if (whole) {
         test_fill_whole(a, na, 1, -3, 3);
         test_fill_whole(b, nb, 2, -3, 3);
@@ -68,8 +69,8 @@ static void test_matmul_case(TestMatmulKind kind, int M, int N, int K, float bet
     for (size_t i = 0; i < nb; i++) b[i] = fabs(b[i]);
     test_matmul_oracle(mag, a, b, kind, M, N, K, fabs(beta));
     char name[128];
-    snprintf(name, sizeof name, "matmul_%s M=%d N=%d K=%d beta=%g %s", TEST_MATMUL_NAME[kind], M, N, K,
-             beta, whole ? "exact" : "normal");
+    snprintf(name, sizeof name, "matmul_%s M=%d N=%d K=%d beta=%g %s", TEST_MATMUL_NAME[kind], M, N,
+             K, beta, whole ? "exact" : "normal");
     if (whole) {
         for (size_t i = 0; i < nd; i++) d[i] = kind == TEST_TN ? d[i] : test_round(d[i]);
         test_compare(name, got, d, nd, 0, 0);
@@ -83,10 +84,12 @@ static void test_matmul_case(TestMatmulKind kind, int M, int N, int K, float bet
 
 // d = alpha op(a) op(b) + beta c over a batch. c_mode 0: c is NULL, 1: c is d, 2: another array.
 static void test_matmul_batched_case(int M, int N, int K, int batch, bool ta, bool tb, float alpha,
-                                     float beta, int c_mode, bool whole, Matmul* mm, cudaStream_t s) {
+                                     float beta, int c_mode, bool whole, Matmul* mm,
+                                     cudaStream_t s) {
     size_t ma = (size_t)M * K, mb = (size_t)K * N, md = (size_t)M * N;
     size_t na = ma * batch, nb = mb * batch, nd = md * batch;
-    double *a = test_doubles(na), *b = test_doubles(nb), *c = test_doubles(nd), *d = test_doubles(nd);
+    double *a = test_doubles(na), *b = test_doubles(nb), *c = test_doubles(nd),
+           *d = test_doubles(nd);
     double* mag = test_doubles(nd);
     if (whole) {
         test_fill_whole(a, na, 1, -3, 3);
@@ -100,7 +103,8 @@ static void test_matmul_batched_case(int M, int N, int K, int batch, bool ta, bo
     for (size_t i = 0; i < nd; i++) d[i] = NAN;
     floatX *a_d = test_upload(a, na), *b_d = test_upload(b, nb), *c_d = test_upload(c, nd);
     floatX* d_d = c_mode == 1 ? c_d : test_upload(d, nd);
-    matmul_batched(d_d, a_d, b_d, c_mode == 0 ? NULL : c_d, M, N, K, batch, ta, tb, alpha, beta, mm, s);
+    matmul_batched(d_d, a_d, b_d, c_mode == 0 ? NULL : c_d, M, N, K, batch, ta, tb, alpha, beta, mm,
+                   s);
     float* got = test_download(d_d, nd);
 
     for (int q = 0; q < batch; q++) {
@@ -118,8 +122,9 @@ static void test_matmul_batched_case(int M, int N, int K, int batch, bool ta, bo
         }
     }
     char name[160];
-    snprintf(name, sizeof name, "matmul_batched %dx(%d,%d,%d) %c%c alpha=%g beta=%g c_mode=%d %s", batch,
-             M, N, K, ta ? 'T' : 'N', tb ? 'T' : 'N', alpha, beta, c_mode, whole ? "exact" : "normal");
+    snprintf(name, sizeof name, "matmul_batched %dx(%d,%d,%d) %c%c alpha=%g beta=%g c_mode=%d %s",
+             batch, M, N, K, ta ? 'T' : 'N', tb ? 'T' : 'N', alpha, beta, c_mode,
+             whole ? "exact" : "normal");
     if (whole) {    // one rounding: a product rounded before C is added would show
         for (size_t i = 0; i < nd; i++) d[i] = test_round(d[i]);
         test_compare(name, got, d, nd, 0, 0);
@@ -166,7 +171,8 @@ static void test_matmul_repeat(Matmul* mm, cudaStream_t s) {
         matmul_nt(y_d, a_d, b_d, M, N, K, mm, s);
         matmul_tn(dw_d, a_d, b_d, M, N, K, 0.0f, mm, s);    // the same memory as (K,M) and (K,N)
         matmul_batched(z_d, b_d, b_d, a_d, n, n, n, batch, false, true, 2.0f, -0.5f, mm, s);
-        float* got[3] = {test_download(y_d, nd), test_download_float(dw_d, nd), test_download(z_d, ns)};
+        float* got[3] = {test_download(y_d, nd), test_download_float(dw_d, nd),
+                         test_download(z_d, ns)};
         const size_t counts[3] = {nd, nd, ns};
         const char* names[3] = {"matmul_nt", "matmul_tn", "matmul_batched"};
         for (int i = 0; i < 3; i++) {
@@ -189,7 +195,7 @@ static void test_matmul_repeat(Matmul* mm, cudaStream_t s) {
 
 #ifndef __CUDACC__
 
-// ---- the host's cuBLASLt on its own --------------------------------------------------------------
+// ---- the host's cuBLASLt on its own ---------------------------------------------------------
 
 typedef struct {
     cublasLtHandle_t handle;
@@ -221,11 +227,12 @@ static void test_lt_free(TestLt* t) {
     cublasLtDestroy(t->handle);
 }
 
-// Leading dimensions larger than the rows: what lies between the columns is neither used nor written.
+// Leading dimensions larger than the rows: what lies between columns is neither used nor written.
 static void test_lt_leading_dimension(void) {
     enum { m = 300, n = 70, k = 50, lda = 56, ldb = 64, ldd = 308 };
     size_t na = lda * m, nb = ldb * n, nd = ldd * n;
-    double *a = test_doubles(na), *b = test_doubles(nb), *d = test_doubles(nd), *want = test_doubles(nd);
+    double *a = test_doubles(na), *b = test_doubles(nb), *d = test_doubles(nd),
+           *want = test_doubles(nd);
     test_fill_whole(a, na, 1, -3, 3);
     test_fill_whole(b, nb, 2, -3, 3);
     test_fill_whole(d, nd, 3, -3, 3);
@@ -239,8 +246,8 @@ static void test_lt_leading_dimension(void) {
     float *a_d = test_upload_float(a, na), *b_d = test_upload_float(b, nb);
     float *d_d = test_upload_float(d, nd), alpha = 2, beta = 3;
     TestLt t = test_lt_make(m, n, k, lda, ldb, ldd);
-    cublasStatus_t status = cublasLtMatmul(t.handle, t.desc, &alpha, a_d, t.a, b_d, t.b, &beta, d_d, t.d,
-                                           d_d, t.d, NULL, NULL, 0, 0);
+    cublasStatus_t status = cublasLtMatmul(t.handle, t.desc, &alpha, a_d, t.a, b_d, t.b, &beta, d_d,
+                                           t.d, d_d, t.d, NULL, NULL, 0, 0);
     test_true("cublasLt: leading dimensions are accepted", status == CUBLAS_STATUS_SUCCESS);
     test_compare_device_float("cublasLt: leading dimensions", d_d, want, nd, 0, 0);
     test_lt_free(&t);
@@ -267,11 +274,14 @@ static void test_lt_threads(void) {
         cublasLtMatrixLayout_t a;
         cublasLtMatrixLayoutCreate(&a, CUDA_R_16BF, k, m, k);
         cublasLtMatmulDescSetAttribute(t.desc, CUBLASLT_MATMUL_DESC_TRANSA, &op, sizeof op);
-        test_true("cublasLt: bf16 in, float out", cublasLtMatmul(t.handle, t.desc, &alpha, a_d, a, a_d, a,
-                  &beta, d_d, t.d, d_d, t.d, NULL, NULL, 0, 0) == CUBLAS_STATUS_SUCCESS);
+        test_true("cublasLt: bf16 in, float out",
+                  cublasLtMatmul(t.handle, t.desc, &alpha, a_d, a, a_d, a, &beta, d_d, t.d, d_d,
+                                 t.d, NULL, NULL, 0, 0) == CUBLAS_STATUS_SUCCESS);
         float* got = test_download_float(d_d, ldd * n);
-        for (int j = 0; j < n; j++) memcpy((run ? d : first) + j * m, got + j * ldd, m * sizeof(float));
-        if (run) test_same_bits("cublasLt: bits do not depend on OpenMP's threads", d, first, m * n * 4);
+        for (int j = 0; j < n; j++)
+            memcpy((run ? d : first) + j * m, got + j * ldd, m * sizeof(float));
+        if (run)
+            test_same_bits("cublasLt: bits do not depend on OpenMP's threads", d, first, m * n * 4);
         free(got);
         cublasLtMatrixLayoutDestroy(a);
         test_lt_free(&t);
@@ -294,41 +304,47 @@ static void test_lt_errors(void) {
     cublasLtMatmulPreferenceSetAttribute(t.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                          &workspace_bytes, sizeof workspace_bytes);
     float* workspace = test_device_float(4096);
-#define LT(DESC, A, LA, B, LB, D, LD, ALGO, WORKSPACE, BYTES) \
-    cublasLtMatmul(t.handle, DESC, &one, A, LA, B, LB, &zero, D, LD, D, LD, ALGO, WORKSPACE, BYTES, 0)
-    test_true("cublasLt: heuristic finds one", cublasLtMatmulAlgoGetHeuristic(t.handle, t.desc, t.a, t.b,
-              t.d, t.d, t.preference, 1, &found, &count) == CUBLAS_STATUS_SUCCESS && count == 1);
-    cublasLtMatmulAlgoGetHeuristic(t.handle, t.desc, t.a, u.b, u.d, u.d, t.preference, 1, &other, &count);
-    test_true("cublasLt: a right call", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo, workspace, 4096) ==
-              CUBLAS_STATUS_SUCCESS);
-    test_true("cublasLt: workspace too small", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo, workspace,
-              4095) == CUBLAS_STATUS_INVALID_VALUE);
-    test_true("cublasLt: no workspace", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo, NULL, 4096) ==
-              CUBLAS_STATUS_INVALID_VALUE);
+#define LT(DESC, A, LA, B, LB, D, LD, ALGO, WORKSPACE, BYTES)                                \
+    cublasLtMatmul(t.handle, DESC, &one, A, LA, B, LB, &zero, D, LD, D, LD, ALGO, WORKSPACE, \
+                   BYTES, 0)
+    test_true("cublasLt: heuristic finds one",
+              cublasLtMatmulAlgoGetHeuristic(t.handle, t.desc, t.a, t.b, t.d, t.d, t.preference, 1,
+                                             &found, &count) == CUBLAS_STATUS_SUCCESS &&
+                  count == 1);
+    cublasLtMatmulAlgoGetHeuristic(t.handle, t.desc, t.a, u.b, u.d, u.d, t.preference, 1, &other,
+                                   &count);
+    test_true("cublasLt: a right call", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo, workspace,
+                                           4096) == CUBLAS_STATUS_SUCCESS);
+    test_true("cublasLt: workspace too small", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo,
+                                                  workspace, 4095) == CUBLAS_STATUS_INVALID_VALUE);
+    test_true("cublasLt: no workspace", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo, NULL,
+                                           4096) == CUBLAS_STATUS_INVALID_VALUE);
     test_true("cublasLt: misaligned workspace", LT(t.desc, a, t.a, b, t.b, d, t.d, &found.algo,
               workspace + 4, 4096) == CUBLAS_STATUS_INVALID_VALUE);
-    test_true("cublasLt: algorithm of another shape", LT(t.desc, a, t.a, b, t.b, d, t.d, &other.algo,
-              workspace, 4096) == CUBLAS_STATUS_INVALID_VALUE);
+    test_true("cublasLt: algorithm of another shape",
+              LT(t.desc, a, t.a, b, t.b, d, t.d, &other.algo, workspace, 4096) ==
+                  CUBLAS_STATUS_INVALID_VALUE);
     test_true("cublasLt: misaligned A", LT(t.desc, a + 1, t.a, b, t.b, d, t.d, NULL, NULL, 0) ==
               CUBLAS_STATUS_NOT_SUPPORTED);
     test_true("cublasLt: misaligned D", LT(t.desc, a, t.a, b, t.b, d + 2, t.d, NULL, NULL, 0) ==
               CUBLAS_STATUS_NOT_SUPPORTED);
-    test_true("cublasLt: shapes that do not match", LT(t.desc, a, t.a, b, u.b, d, t.d, NULL, NULL, 0) ==
-              CUBLAS_STATUS_INVALID_VALUE);
+    test_true("cublasLt: shapes that do not match",
+              LT(t.desc, a, t.a, b, u.b, d, t.d, NULL, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE);
     test_true("cublasLt: D overlaps A", LT(t.desc, a, t.a, b, t.b, a, t.d, NULL, NULL, 0) ==
               CUBLAS_STATUS_INVALID_VALUE);
     test_true("cublasLt: A is NULL", LT(t.desc, NULL, t.a, b, t.b, d, t.d, NULL, NULL, 0) ==
               CUBLAS_STATUS_INVALID_VALUE);
     uint32_t epilogue = 4;
-    cublasLtMatmulDescSetAttribute(u.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    cublasLtMatmulDescSetAttribute(u.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                   sizeof epilogue);
     test_true("cublasLt: an epilogue", LT(u.desc, a, t.a, b, t.b, d, t.d, NULL, NULL, 0) ==
               CUBLAS_STATUS_NOT_SUPPORTED);
     test_true("cublasLt: attribute of a wrong size", cublasLtMatmulDescSetAttribute(u.desc,
               CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, 2) == CUBLAS_STATUS_INVALID_VALUE);
     int32_t batch = 2;
     cublasLtMatrixLayoutSetAttribute(u.a, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
-    test_true("cublasLt: batches that do not match", LT(t.desc, a, u.a, b, t.b, d, t.d, NULL, NULL, 0) ==
-              CUBLAS_STATUS_INVALID_VALUE);
+    test_true("cublasLt: batches that do not match",
+              LT(t.desc, a, u.a, b, t.b, d, t.d, NULL, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE);
 #undef LT
     test_lt_free(&t), test_lt_free(&u);
     cudaFree(p), cudaFree(workspace);
@@ -336,16 +352,16 @@ static void test_lt_errors(void) {
 
 #endif
 
-// ---- all -----------------------------------------------------------------------------------------
+// ---- all ------------------------------------------------------------------------------------
 
 static void test_matmul(void) {
     static Matmul mm;
     cudaStream_t s = 0;
     matmul_init(&mm, s);
     // one element; odd sizes; the real proportions; more than one tile each way; a long sum
-    const int shapes[][3] = {{1, 1, 1},     {1, 8, 8},      {3, 5, 7},     {8, 1, 40},    {16, 24, 40},
-                             {64, 192, 64}, {130, 72, 136}, {257, 33, 65}, {40, 520, 96}, {300, 1050, 64},
-                             {16, 24, 5000}};
+    const int shapes[][3] = {{1, 1, 1},     {1, 8, 8},       {3, 5, 7},      {8, 1, 40},
+                             {16, 24, 40},  {64, 192, 64},   {130, 72, 136}, {257, 33, 65},
+                             {40, 520, 96}, {300, 1050, 64}, {16, 24, 5000}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         int M = shapes[i][0], N = shapes[i][1], K = shapes[i][2];
         for (int kind = TEST_NT; kind <= TEST_TN; kind++) {

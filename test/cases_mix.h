@@ -1,11 +1,11 @@
 /*
 mix: llmc/mix.cuh against oracle.h.
 
-Allowed, with u = 2^-24: a x + b z rounds twice in float and 1 - s once, so y is right to
-3 u (|a x| + |b z|) and one rounding to floatX; dx and dz likewise. A gradient of a scalar passes through at most
-8 + 8 + 13 additions in a block, ceil(blocks/256) + 13 in the last one, a product and a difference: allowed is
-that many u times the sum of the products' magnitudes, and one more for ds itself. Whole numbers are
-exact throughout.
+Allowed, with u = 2^-24: a x + b z rounds twice in float and 1 - s once, so y is right to 3 u (|a x|
++ |b z|) and one rounding to floatX; dx and dz likewise. A gradient of a scalar passes through at
+most 8 + 8 + 5 additions in a warp, ceil(warps/256) + 13 in the last block, a product and a
+difference: allowed is that many u times the sum of the products' magnitudes, and one more for ds
+itself. Whole numbers are exact throughout.
 */
 #pragma once
 #include "../llmc/mix.cuh"
@@ -25,92 +25,109 @@ static void test_mix_scatter(double* wide, const double* slice, int N, int C, in
     }
 }
 
-// Each tensor is the middle third of one three times as wide if strided; what lies beside a slice has to
-// stay as it is. one: z is NULL.
+// A tensor under test: N rows of C values inside rows of ld, from column `from`.
+typedef struct {
+    int ld, from;
+    size_t n;            // of the whole
+    double *wide, *slice;
+    floatX* device;
+} MixTensor;
+
+static MixTensor test_mix_tensor(int N, int C, int ld, int from, uint64_t seed, bool whole) {
+    MixTensor t = {ld, from, (size_t)N * ld, NULL, NULL, NULL};
+    t.wide = test_doubles(t.n), t.slice = test_doubles((size_t)N * C);
+    test_fill_normal(t.wide, t.n, seed, 1.0);
+    if (whole) test_fill_whole(t.wide, t.n, seed, -4, 4);
+    test_mix_gather(t.slice, t.wide, N, C, ld, from);
+    t.device = test_upload(t.wide, t.n);
+    return t;
+}
+
+// The device's tensor holds the slice, and beside it what it held before.
+static void test_mix_compare(const char* what, MixTensor* t, int N, int C, double abs_tol,
+                             double rel_tol) {
+    test_mix_scatter(t->wide, t->slice, N, C, t->ld, t->from);
+    test_compare_device(what, t->device, t->wide, t->n, abs_tol, rel_tol);
+}
+
+static void test_mix_free(MixTensor* t) {
+    free(t->wide), free(t->slice);
+    cudaFree(t->device);
+}
+
+// strided: every tensor is a slice of a wider one, each with its own row stride. one: z is NULL.
 static void test_mix_case(MixMode mode, int N, int C, bool strided, bool whole, bool one) {
     const double u = 0x1p-24;
-    int ld = strided ? 3 * C : C, from = strided ? C : 0;
-    size_t wide = (size_t)N * ld, n = (size_t)N * C;
+    const int wider = strided ? C : 0, from = strided ? 8 : 0;
+    size_t n = (size_t)N * C;
     char what[128];
-    double *x_w = test_doubles(wide), *z_w = test_doubles(wide), *dy_w = test_doubles(wide);
-    double *y_w = test_doubles(wide), *dz_w = test_doubles(wide), *dx_w = test_doubles(wide);
-    double *x = test_doubles(n), *z = test_doubles(n), *dy = test_doubles(n);
-    double *y = test_doubles(n), *dz = test_doubles(n), *dx = test_doubles(n);
+    MixTensor x = test_mix_tensor(N, C, C + wider, from, 10, whole);
+    MixTensor z = test_mix_tensor(N, C, C + 2 * wider, from, 11, whole);
+    MixTensor dy = test_mix_tensor(N, C, C + 3 * wider, from, 12, whole);
+    MixTensor y = test_mix_tensor(N, C, C + 4 * wider, from, 13, whole);
+    MixTensor dz = test_mix_tensor(N, C, C + 5 * wider, from, 14, whole);
+    MixTensor dx = test_mix_tensor(N, C, C + 6 * wider, from, 15, whole);
     double s[2] = {0.6875, -0.59375}, ds[2] = {3, 5};
     if (whole) s[0] = mode == MIX_LERP ? 3 : 2, s[1] = -1;
-    double* fill[5] = {x_w, z_w, dy_w, y_w, dz_w};
-    for (int k = 0; k < 5; k++) {
-        test_fill_normal(fill[k], wide, 10 + k, 1.0);
-        if (whole) test_fill_whole(fill[k], wide, 10 + k, -4, 4);
-    }
-    for (size_t i = 0; i < wide; i++) dx_w[i] = y_w[i];
-    test_mix_gather(x, x_w, N, C, ld, from);
-    if (!one) test_mix_gather(z, z_w, N, C, ld, from);     // z stays 0: y = s[0] x
-    test_mix_gather(dy, dy_w, N, C, ld, from);
-    test_mix_gather(dz, dz_w, N, C, ld, from);
-    floatX *x_d = test_upload(x_w, wide), *z_d = test_upload(z_w, wide);
-    floatX *dy_d = test_upload(dy_w, wide), *y_d = test_upload(y_w, wide);
-    floatX *dz_d = test_upload(dz_w, wide), *dx_d = test_upload(dx_w, wide);
+    for (size_t i = 0; one && i < n; i++) z.slice[i] = 0;          // y = s[0] x
     float *s_d = test_upload_float(s, 2), *ds_d = test_upload_float(ds, 2);
     float* scratch = test_device_float(mix_scratch_floats(N, C));
-    const floatX* z_or_null = one ? NULL : z_d + from;
+    const floatX *x_d = x.device + from, *z_d = one ? NULL : z.device + from;
+    const floatX* dy_d = dy.device + from;
 
     double a, b, largest = 0, products[2] = {0, 0};
     oracle_mix_weights(&a, &b, s, mode);
     for (size_t i = 0; i < n; i++) {
-        double forward = fabs(a * x[i]) + fabs(b * z[i]), backward = fabs(b * dy[i]) + fabs(dz[i]);
+        double d = dy.slice[i], xi = x.slice[i], zi = z.slice[i];
+        double forward = fabs(a * xi) + fabs(b * zi), backward = fabs(b * d) + fabs(dz.slice[i]);
         if (forward > largest) largest = forward;
         if (backward > largest) largest = backward;
-        products[0] += fabs(dy[i]) * (mode == MIX_PAIR ? fabs(x[i]) : fabs(x[i]) + fabs(z[i]));
-        products[1] += fabs(dy[i] * z[i]);
+        products[0] += fabs(d) * (mode == MIX_PAIR ? fabs(xi) : fabs(xi) + fabs(zi));
+        products[1] += fabs(d * zi);
     }
     double abs_tol = whole ? 0 : 3 * u * largest, rel_tol = whole ? 0 : TEST_EPS;
-    double adds = whole ? 0 : 8 + 8 + 13 + (mix_blocks(N, C) / 256 + 1) + 13 + 3;
+    double adds = whole ? 0 : 8 + 8 + 5 + (8 * mix_blocks(N, C) / 256 + 1) + 13 + 3;
     const char* label = mode == MIX_PAIR ? "pair" : mode == MIX_SKIP ? "skip" : "lerp";
 
-    mix_forward(y_d + from, x_d + from, z_or_null, s_d, mode, N, C, ld, ld, ld, 0);
-    oracle_mix_forward(y, x, z, s, mode, N, C);
-    test_mix_scatter(y_w, y, N, C, ld, from);
-    snprintf(what, sizeof what, "mix_forward %s N=%d C=%d ld=%d", label, N, C, ld);
-    test_compare_device(what, y_d, y_w, wide, abs_tol, rel_tol);
+    mix_forward(y.device + from, x_d, z_d, s_d, mode, N, C, y.ld, x.ld, z.ld, 0);
+    oracle_mix_forward(y.slice, x.slice, z.slice, s, mode, N, C);
+    snprintf(what, sizeof what, "mix_forward %s N=%d C=%d ld=%d", label, N, C, y.ld);
+    test_mix_compare(what, &y, N, C, abs_tol, rel_tol);
 
-    mix_backward(dx_d + from, one ? NULL : dz_d + from, ds_d, dy_d + from,
-                 mode == MIX_SKIP ? NULL : x_d + from, z_or_null, s_d, mode, N, C, ld, ld, ld, ld,
-                 ld, scratch, 0);
-    float *ds_got = test_download_float(ds_d, 2), *dx_got = test_download(dx_d, wide);
-    oracle_mix_backward(dx, dz, ds, dy, x, z, s, mode, N, C);
-    test_mix_scatter(dx_w, dx, N, C, ld, from);
-    if (!one) test_mix_scatter(dz_w, dz, N, C, ld, from);
-    snprintf(what, sizeof what, "mix_backward dx %s N=%d C=%d ld=%d", label, N, C, ld);
-    test_compare(what, dx_got, dx_w, wide, abs_tol, rel_tol);
-    snprintf(what, sizeof what, "mix_backward dz %s N=%d C=%d ld=%d", label, N, C, ld);
-    test_compare_device(what, dz_d, dz_w, wide, abs_tol, rel_tol);
+    mix_backward(dx.device + from, one ? NULL : dz.device + from, ds_d, dy_d,
+                 mode == MIX_SKIP ? NULL : x_d, z_d, s_d, mode, N, C, dx.ld, dz.ld, dy.ld, x.ld,
+                 z.ld, scratch, 0);
+    float* ds_got = test_download_float(ds_d, 2);
+    double* dz_slice = test_doubles(n);                     // stays what it is if dz is NULL
+    oracle_mix_backward(dx.slice, one ? dz_slice : dz.slice, ds, dy.slice, x.slice, z.slice, s,
+                        mode, N, C);
+    snprintf(what, sizeof what, "mix_backward dx %s N=%d C=%d ld=%d", label, N, C, dx.ld);
+    test_mix_compare(what, &dx, N, C, abs_tol, rel_tol);
+    snprintf(what, sizeof what, "mix_backward dz %s N=%d C=%d ld=%d", label, N, C, dz.ld);
+    test_mix_compare(what, &dz, N, C, abs_tol, rel_tol);
     for (int k = 0; k < 2; k++) {
-        snprintf(what, sizeof what, "mix_backward ds[%d] %s N=%d C=%d ld=%d", k, label, N, C, ld);
+        snprintf(what, sizeof what, "mix_backward ds[%d] %s N=%d C=%d", k, label, N, C);
         test_compare(what, ds_got + k, ds + k, 1, adds * u * products[k], whole ? 0 : u);
     }
 
-    // each output alone, dx in the place of dy, y in the place of x: equal bits
+    // ds alone: equal bits. dx in the place of dy; y in the place of x.
     double start[2] = {3, 5};
     test_put_float(ds_d, start, 2);
-    mix_backward(NULL, NULL, ds_d, dy_d + from, x_d + from, z_or_null, s_d, mode, N, C, 0, 0, ld,
-                 ld, ld, scratch, 0);
+    mix_backward(NULL, NULL, ds_d, dy_d, x_d, z_d, s_d, mode, N, C, 0, 0, dy.ld, x.ld, z.ld,
+                 scratch, 0);
     float* ds_again = test_download_float(ds_d, 2);
     test_same_bits("mix_backward ds alone", ds_again, ds_got, 2 * sizeof(float));
-    test_put(dx_d, dz_w, wide);
-    mix_backward(dy_d + from, NULL, NULL, dy_d + from, NULL, NULL, s_d, mode, N, C, ld, 0, ld, 0, 0,
-                 NULL, 0);
-    float* dx_again = test_download(dy_d, wide);
-    test_mix_scatter(dy_w, dx, N, C, ld, from);
-    test_compare("mix_backward dx over dy", dx_again, dy_w, wide, abs_tol, rel_tol);
-    mix_forward(x_d + from, x_d + from, z_or_null, s_d, mode, N, C, ld, ld, ld, 0);
-    test_mix_scatter(x_w, y, N, C, ld, from);
-    test_compare_device("mix_forward over x", x_d, x_w, wide, abs_tol, rel_tol);
+    mix_backward(dy.device + from, NULL, NULL, dy_d, NULL, NULL, s_d, mode, N, C, dy.ld, 0, dy.ld,
+                 0, 0, NULL, 0);
+    memcpy(dy.slice, dx.slice, n * sizeof(double));
+    test_mix_compare("mix_backward dx over dy", &dy, N, C, abs_tol, rel_tol);
+    mix_forward(x.device + from, x_d, z_d, s_d, mode, N, C, x.ld, x.ld, z.ld, 0);
+    memcpy(x.slice, y.slice, n * sizeof(double));
+    test_mix_compare("mix_forward over x", &x, N, C, abs_tol, rel_tol);
 
-    free(ds_got), free(dx_got), free(ds_again), free(dx_again);
-    double* doubles[12] = {x_w, z_w, dy_w, y_w, dz_w, dx_w, x, z, dy, y, dz, dx};
-    for (int k = 0; k < 12; k++) free(doubles[k]);
-    cudaFree(x_d), cudaFree(z_d), cudaFree(dy_d), cudaFree(y_d), cudaFree(dz_d), cudaFree(dx_d);
+    free(ds_got), free(ds_again), free(dz_slice);
+    MixTensor* tensors[6] = {&x, &z, &dy, &y, &dz, &dx};
+    for (int k = 0; k < 6; k++) test_mix_free(tensors[k]);
     cudaFree(s_d), cudaFree(ds_d), cudaFree(scratch);
 }
 

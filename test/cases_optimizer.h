@@ -4,14 +4,14 @@ golden files that the published code made with PyTorch.
 
 Allowed, u = 2^-24:
 adamw    m and v are three rounded operations on terms that may cancel: 4u of the terms' absolute
-         values. p takes over m's error and has ten roundings of its own in the quotient, three outside.
-         What is stored as bf16 is rounded once: 2^-8 more, and must be a bf16 value.
+         values. p takes over m's error and has ten roundings of its own in the quotient, three
+         outside. What is stored as bf16 is rounded once: 2^-8 more, and must be a bf16 value.
 norm     the bound in norm.cuh
 NS       A rounding error made while a singular value is small grows with it, by up to 3.4445 a
          step, so it depends on the matrix. Float against double was measured on random matrices:
-         at most 3.4e-5 of the rms; ten times that is allowed. bf16 against float: rms 1.5e-2 to 2.2e-2,
-         allowed 3e-2; against the golden bf16_fused, whose roundings are the same but sums are not,
-         4e-2.
+         at most 3.4e-5 of the rms; ten times that is allowed. bf16 against float: rms 1.5e-2 to
+         2.2e-2, allowed 3e-2; against the golden bf16_fused, whose roundings are the same but sums
+         are not, 4e-2.
 */
 #pragma once
 #include "../llmc/adamw.cuh"
@@ -21,9 +21,10 @@ NS       A rounding error made while a singular value is small grows with it, by
 #include "oracle.h"
 #include "test.h"
 
-// ---- helpers -------------------------------------------------------------------------------------
+// ---- helpers --------------------------------------------------------------------------------
 
-static double* test_golden_array(const SafeFile* file, const char* prefix, const char* name, size_t n) {
+static double* test_golden_array(const SafeFile* file, const char* prefix, const char* name,
+                                 size_t n) {
     char full[64];
     snprintf(full, sizeof full, "%s%s", prefix, name);
     const SafeTensor* t = safetensors_find(file, full);
@@ -43,8 +44,8 @@ static double* test_golden_array(const SafeFile* file, const char* prefix, const
 }
 
 // Differences relative to the rms of what is wanted: their rms, and the largest.
-static void test_rms(const char* name, const double* got, const double* want, size_t n, double rms_tol,
-                     double max_tol) {
+static void test_rms(const char* name, const double* got, const double* want, size_t n,
+                     double rms_tol, double max_tol) {
     double sum = 0, diff = 0, largest = 0;
     for (size_t i = 0; i < n; i++) {
         double d = fabs(got[i] - want[i]);
@@ -67,11 +68,12 @@ static double* test_widen(float* x, size_t n) {    // frees x
     return wide;
 }
 
-// ---- adamw ---------------------------------------------------------------------------------------
+// ---- adamw ----------------------------------------------------------------------------------
 
 // One step from given states; every element against its own bound.
 static void test_adamw_case(size_t n, bool use_master, bool bf16_state, double wd, int step) {
-    const double u = 0x1p-24, lr = (float)0.01, b1 = (float)0.9, b2 = (float)0.95, eps = (float)1e-8;
+    const double u = 0x1p-24, lr = (float)0.01, b1 = (float)0.9, b2 = (float)0.95,
+                 eps = (float)1e-8;
     wd = (float)wd;
     double *p = test_doubles(n), *g = test_doubles(n), *m = test_doubles(n), *v = test_doubles(n);
     test_fill_normal_float(p, n, 1, 1.0);
@@ -83,10 +85,15 @@ static void test_adamw_case(size_t n, bool use_master, bool bf16_state, double w
         g[i] = (float)(g[i] * exp(8 * test_uniform(5, i) - 4));    // four orders of magnitude
         if (i % 7 == 3) g[i] = m[i] = v[i] = 0;
         if (!use_master) p[i] = test_round(p[i]);
-        if (bf16_state) p[i] = test_round_bf16(p[i]), m[i] = test_round_bf16(m[i]), v[i] = test_round_bf16(v[i]);
+        if (bf16_state) {
+            p[i] = test_round_bf16(p[i]);
+            m[i] = test_round_bf16(m[i]);
+            v[i] = test_round_bf16(v[i]);
+        }
     }
     floatX* p_d = test_upload(p, n);
-    float *g_d = test_upload_float(g, n), *m_d = test_upload_float(m, n), *v_d = test_upload_float(v, n);
+    float *g_d = test_upload_float(g, n), *m_d = test_upload_float(m, n),
+          *v_d = test_upload_float(v, n);
     float* master_d = use_master ? test_upload_float(p, n) : NULL;
     if (use_master) {    // p is only written
         double* junk = test_doubles(n);
@@ -96,7 +103,8 @@ static void test_adamw_case(size_t n, bool use_master, bool bf16_state, double w
     }
     adamw_update(p_d, master_d, g_d, m_d, v_d, n, lr, b1, b2, eps, wd, step, bf16_state, 0);
     float *got_p = test_download(p_d, n), *got_m = test_download_float(m_d, n);
-    float *got_v = test_download_float(v_d, n), *got_w = use_master ? test_download_float(master_d, n) : NULL;
+    float *got_v = test_download_float(v_d, n),
+          *got_w = use_master ? test_download_float(master_d, n) : NULL;
 
     double worst[3] = {0, 0, 0}, c1 = 1 - pow(b1, step), c2 = 1 - pow(b2, step);
     bool copied = true, representable = true, still = true;
@@ -124,8 +132,8 @@ static void test_adamw_case(size_t n, bool use_master, bool bf16_state, double w
     char name[160];
     const char* of[3] = {"p", "m", "v"};
     for (int k = 0; k < 3; k++) {
-        snprintf(name, sizeof name, "adamw %s n=%zu master=%d bf16_state=%d wd=%g step=%d", of[k], n,
-                 use_master, bf16_state, wd, step);
+        snprintf(name, sizeof name, "adamw %s n=%zu master=%d bf16_state=%d wd=%g step=%d", of[k],
+                 n, use_master, bf16_state, wd, step);
         test_check(name, worst[k], 1);
     }
     if (use_master) test_true("adamw p is the rounded master", copied);
@@ -154,10 +162,11 @@ static void test_adamw_nan(void) {
     cudaFree(p_d), cudaFree(w_d), cudaFree(g_d), cudaFree(m_d), cudaFree(v_d);
 }
 
-// Five steps of torch.optim.AdamW: p0 and five gradients in, p1..p5, m and v out. Betas are floats here
-// and were doubles there: 1 - beta differs by 2.4e-7 relative, which p does not see (it cancels in
-// the bias correction) but m and v do; five steps of rounding on top.
-static void test_adamw_golden(const char* group, float lr, float b1, float b2, float eps, float wd) {
+// Five steps of torch.optim.AdamW: p0 and five gradients in, p1..p5, m and v out. Betas are floats
+// here and were doubles there: 1 - beta differs by 2.4e-7 relative, which p does not see (it
+// cancels in the bias correction) but m and v do; five steps of rounding on top.
+static void test_adamw_golden(const char* group, float lr, float b1, float b2, float eps,
+                              float wd) {
     const size_t n = 50 * 30;
     const double u = 0x1p-24;
     SafeFile file;
@@ -165,7 +174,8 @@ static void test_adamw_golden(const char* group, float lr, float b1, float b2, f
     char name[64];
     double *zero = test_doubles(n), *p = test_golden_array(&file, group, ".p0", n);
     floatX* p_d = test_upload(p, n);
-    float *w_d = test_upload_float(p, n), *m_d = test_upload_float(zero, n), *v_d = test_upload_float(zero, n);
+    float *w_d = test_upload_float(p, n), *m_d = test_upload_float(zero, n),
+          *v_d = test_upload_float(zero, n);
     free(p);
     for (int s = 0; s < 5; s++) {
         snprintf(name, sizeof name, ".g%d", s);
@@ -181,8 +191,10 @@ static void test_adamw_golden(const char* group, float lr, float b1, float b2, f
         cudaFree(g_d);
     }
     float *m = test_download_float(m_d, n), *v = test_download_float(v_d, n);
-    double *want_m = test_golden_array(&file, group, ".m", n), *want_v = test_golden_array(&file, group, ".v", n);
-    double worst = 0;    // m may cancel: against the largest gradient so far, which √v/√(1-β2) stands for
+    double *want_m = test_golden_array(&file, group, ".m", n),
+           *want_v = test_golden_array(&file, group, ".v", n);
+    // m may cancel: judged against the largest gradient so far, for which √v/√(1-β2) stands
+    double worst = 0;
     for (size_t i = 0; i < n; i++) {
         double ratio = fabs(m[i] - want_m[i]) / (32 * u * sqrt(want_v[i] / (1 - b2)) + 1e-30);
         if (!(ratio <= worst)) worst = ratio;
@@ -210,7 +222,7 @@ static void test_adamw(void) {
     test_adamw_golden("adam_sub3", 0.6f, 0.8f, 0.95f, 1e-10f, 0);
 }
 
-// ---- norm ----------------------------------------------------------------------------------------
+// ---- norm -----------------------------------------------------------------------------------
 
 static void test_norm_case(size_t n, int bad) {
     const double u = 0x1p-24;
@@ -265,7 +277,7 @@ static void test_norm(void) {
     }
 }
 
-// ---- newton_schulz -------------------------------------------------------------------------------
+// ---- newton_schulz --------------------------------------------------------------------------
 
 static double* test_ns_run(const double* g, int count, int rows, int cols, int steps, Matmul* mm) {
     size_t n = (size_t)count * rows * cols, bytes = muon_scratch_bytes(count, rows, cols);
@@ -301,8 +313,9 @@ static void test_ns_case(int count, int rows, int cols, Matmul* mm) {
     free(g), free(want), free(o);
 }
 
-// A diagonal matrix stays diagonal and its entries follow the polynomial, each on its own: what NS does
-// to singular values, without a decomposition. Those above 0.002 of the norm end between 0.68 and 1.21.
+// A diagonal matrix stays diagonal and its entries follow the polynomial, each on its own: what NS
+// does to singular values, without a decomposition. Those above 0.002 of the norm end between 0.68
+// and 1.21.
 static void test_ns_diagonal(int rows, int cols, Matmul* mm) {
     int k = rows < cols ? rows : cols;
     size_t n = (size_t)rows * cols;
@@ -314,7 +327,9 @@ static void test_ns_diagonal(int rows, int cols, Matmul* mm) {
     }
     for (int i = 0; i < k; i++) {
         double s = g[(size_t)i * cols + i] / (sqrt(norm) + 1e-7);
-        for (int step = 0; step < 5; step++) s = 3.4445 * s - 4.7750 * s * s * s + 2.0315 * s * s * s * s * s;
+        for (int step = 0; step < 5; step++) {
+            s = 3.4445 * s - 4.7750 * pow(s, 3) + 2.0315 * pow(s, 5);
+        }
         want[(size_t)i * cols + i] = s;
     }
     double *o = test_ns_run(g, 1, rows, cols, 5, mm), worst = 0, off = 0;
@@ -388,7 +403,7 @@ static void test_newton_schulz(Matmul* mm) {
     test_ns_golden("ns_zero", 16, 48, mm);
 }
 
-// ---- muon ----------------------------------------------------------------------------------------
+// ---- muon -----------------------------------------------------------------------------------
 
 typedef struct {
     floatX* p;
@@ -423,12 +438,13 @@ static void test_muon_step(TestMuon* t, const double* g, const float* scale, flo
                 t->scratch, t->scratch_bytes, mm, 0);
 }
 
-// Three steps of a bank against the oracle, each matrix with a scale of its own; then zeros and NaN.
+// Three steps of a bank against the oracle, each matrix with a scale of its own; then zeros, NaN.
 static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul* mm) {
     const double u = 0x1p-24;
     const float lr = 0.02f, mu = 0.95f;
     size_t n = (size_t)rows * cols, all = count * n;
-    double *p = test_doubles(all), *g = test_doubles(all), *m = test_doubles(all), *start = test_doubles(all);
+    double *p = test_doubles(all), *g = test_doubles(all), *m = test_doubles(all),
+           *start = test_doubles(all);
     double* update = test_doubles(all);
     float* scale = test_floats(count);
     test_fill_normal_float(p, all, 1, 0.03);
@@ -445,26 +461,31 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
             double* direction = test_doubles(n);
             oracle_muon_momentum(direction, m + i * n, g + i * n, n, mu,
                                  form == MUON_FORM_SUM ? ORACLE_MOMENTUM_SUM : ORACLE_MOMENTUM_EMA);
-            oracle_newton_schulz(direction, direction, rows, cols, 5, 3.4445, -4.7750, 2.0315, 1e-7);
+            oracle_newton_schulz(direction, direction, rows, cols, 5, 3.4445, -4.7750, 2.0315,
+                                 1e-7);
             for (size_t j = 0; j < n; j++) p[i * n + j] -= (double)lr * scale[i] * direction[j];
             free(direction);
         }
     }
-    double *w = test_widen(test_download_float(t.master, all), all), *half = test_widen(test_download(t.p, all), all);
+    double* w = test_widen(test_download_float(t.master, all), all);
+    double* half = test_widen(test_download(t.p, all), all);
     bool copied = true;
     for (size_t i = 0; i < all; i++) {
         copied &= half[i] == test_round(w[i]);
         w[i] -= start[i];
         update[i] = p[i] - start[i];
     }
-    for (int i = 0; i < count; i++) {    // p is about 0.03 and an update lr scale, 0.02 or more: rounding of p is nothing
-        snprintf(name, sizeof name, "muon matrix %d of %d, %dx%d form %d", i, count, rows, cols, form);
+    // p is about 0.03 and an update lr scale, 0.02 or more: the rounding of p is nothing
+    for (int i = 0; i < count; i++) {
+        snprintf(name, sizeof name, "muon matrix %d of %d, %dx%d form %d", i, count, rows, cols,
+                 form);
         if (FLOATX_IS_BF16) test_rms(name, w + i * n, update + i * n, n, 3e-2, 0.3);
         else test_rms(name, w + i * n, update + i * n, n, 5e-5, 3.4e-4);
     }
     test_true("muon p is the rounded master", copied);
     snprintf(name, sizeof name, "muon momentum %dx%d form %d", rows, cols, form);
-    test_compare_device_float(name, t.m, m, all, 1e-3 * 4 * 12 * u, 12 * u);    // |g| < 4e-3, 3 steps of 4 roundings
+    // |g| < 5e-3, three steps of four roundings
+    test_compare_device_float(name, t.m, m, all, 5e-3 * 12 * u, 12 * u);
 
     // no gradient and no momentum: nothing moves. A NaN spoils its own matrix, no other.
     double* still = test_widen(test_download_float(t.master, all), all);
@@ -484,12 +505,14 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
     }
     test_true("muon NaN spoils its matrix", spoilt);
     test_true("muon NaN spares the others", spared);
-    free(p), free(g), free(m), free(start), free(update), free(scale), free(w), free(half), free(still), free(after);
+    free(p), free(g), free(m), free(start), free(update), free(scale), free(w), free(half),
+        free(still), free(after);
     test_muon_free(&t);
 }
 
 // Four steps of the published optimizers. fp32: NS of the records is float there.
-static void test_muon_golden(const char* matrix, int count, int rows, int cols, bool modern, Matmul* mm) {
+static void test_muon_golden(const char* matrix, int count, int rows, int cols, bool modern,
+                             Matmul* mm) {
     const double u = 0x1p-24;
     size_t n = (size_t)count * rows * cols;
     SafeFile file;
@@ -505,13 +528,15 @@ static void test_muon_golden(const char* matrix, int count, int rows, int cols, 
     for (int step = 0; step < 4; step++) {
         snprintf(name, sizeof name, "g%d", step);
         double* g = test_golden_array(&file, prefix, name, n);
-        float lr = modern ? 0.00036f : 0.05f, mu = modern ? 0.95f : (float)(0.85 + 0.1 * step / 300);
+        float lr = modern ? 0.00036f : 0.05f,
+              mu = modern ? 0.95f : (float)(0.85 + 0.1 * step / 300);
         test_muon_step(&t, g, scale, lr, mu, modern ? MUON_FORM_SUM : MUON_FORM_LERP, mm);
         snprintf(name, sizeof name, "%s.p%d", modern ? "modern" : "sub3", step + 1);
         double *want = test_golden_array(&file, prefix, name, n);
         double* got = test_widen(test_download_float(t.master, n), n);
         for (size_t i = 0; i < n; i++) want[i] -= start[i], got[i] -= start[i];
-        // the suggested bounds of the first update; p's own rounding is 6e-8 of |p| on an update of 1e-3
+        // ten times what two right evaluations of a first update differ by; p's own rounding is
+        // 6e-8 of |p|, on an update of 1e-3
         snprintf(what, sizeof what, "muon golden %s %s", matrix, name);
         test_rms(what, got, want, n, 2e-4, 2e-3);
         free(g), free(want), free(got);
@@ -554,8 +579,10 @@ static void test_muon_repeat(Matmul* mm) {
 }
 
 static void test_muon(Matmul* mm) {
-    test_true("muon_scale max-dim 768x3072", muon_scale(MUON_SCALE_MAX_DIM, 768, 3072) == sqrtf(3072.0f));
-    test_true("muon_scale max-dim 3072x768", muon_scale(MUON_SCALE_MAX_DIM, 3072, 768) == sqrtf(3072.0f));
+    test_true("muon_scale max-dim 768x3072",
+              muon_scale(MUON_SCALE_MAX_DIM, 768, 3072) == sqrtf(3072.0f));
+    test_true("muon_scale max-dim 3072x768",
+              muon_scale(MUON_SCALE_MAX_DIM, 3072, 768) == sqrtf(3072.0f));
     test_true("muon_scale aspect 3072x768", muon_scale(MUON_SCALE_ASPECT, 3072, 768) == 2.0f);
     test_true("muon_scale aspect 768x3072", muon_scale(MUON_SCALE_ASPECT, 768, 3072) == 1.0f);
     test_muon_case(2, 48, 64, MUON_FORM_SUM, mm);

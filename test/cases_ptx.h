@@ -143,8 +143,9 @@ static __global__ void ptx_pack_kernel(uint32_t* out, const float* x) {
 static void test_ptx_pack(void) {
     enum { N = 512 };
     double x[2 * N];
-    const uint32_t hard[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x3fffffff, 0x7f7fffff,
-                             0x00000001, 0x00008000, 0x00018000, 0x80000000, 0x7f800000, 0xff800000};
+    const uint32_t hard[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff,
+                             0x3fffffff, 0x7f7fffff, 0x00000001, 0x00008000,
+                             0x00018000, 0x80000000, 0x7f800000, 0xff800000};
     for (int i = 0; i < 2 * N; i++) {
         uint32_t bits = i < 12 ? hard[i] : (uint32_t)test_random(7, i);
         if ((bits & 0x7fffffff) > 0x7f800000) bits &= 0x7f000000;
@@ -211,8 +212,10 @@ static __global__ void ptx_product_kernel(float* c, float* d, const floatX* a, c
     constexpr int ROWS = 16 * MT + 8 * NT + 8 * NT;
     int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
     floatX *a_s = smem + warp * ROWS * LD, *b_s = a_s + 16 * MT * LD, *e_s = b_s + 8 * NT * LD;
-    for (int i = lane; i < 16 * MT * 16 * KT; i += 32) a_s[i / (16 * KT) * LD + i % (16 * KT)] = a[i];
-    for (int i = lane; i < 8 * NT * 16 * KT; i += 32) b_s[i / (16 * KT) * LD + i % (16 * KT)] = b[i];
+    for (int i = lane; i < 16 * MT * 16 * KT; i += 32)
+        a_s[i / (16 * KT) * LD + i % (16 * KT)] = a[i];
+    for (int i = lane; i < 8 * NT * 16 * KT; i += 32)
+        b_s[i / (16 * KT) * LD + i % (16 * KT)] = b[i];
     for (int i = lane; i < 8 * NT * 8 * OT; i += 32) e_s[i / (8 * OT) * LD + i % (8 * OT)] = e[i];
     __syncthreads();
     float x[MT][NT][4], y[MT][OT][4];
@@ -226,7 +229,8 @@ static __global__ void ptx_product_kernel(float* c, float* d, const floatX* a, c
             }
         }
         for (int n = 0; n < OT; n++) {
-            for (int i = 0; i < 4; i++) y[m][n][i] = 1000 * (16 * m + g + i / 2 * 8) + 8 * n + 2 * t + i % 2;
+            for (int i = 0; i < 4; i++)
+                y[m][n][i] = 1000 * (16 * m + g + i / 2 * 8) + 8 * n + 2 * t + i % 2;
         }
     }
     mma_ab<MT, OT, NT / 2, LD>(y, x, e_s);
@@ -259,9 +263,8 @@ static void test_ptx_product(void) {
     }
     floatX *a_d = test_upload(a, M * K), *b_d = test_upload(b, N * K), *e_d = test_upload(e, N * O);
     float *c_d = test_device_float(2 * M * N), *d_d = test_device_float(2 * M * O);
-    launch<ptx_product_kernel<MT, NT, KT, OT, LD>>(dim3(1), dim3(64),
-                                                   2 * (M + 2 * N) * LD * sizeof(floatX), 0, c_d, d_d,
-                                                   a_d, b_d, e_d);
+    launch<ptx_product_kernel<MT, NT, KT, OT, LD>>(
+        dim3(1), dim3(64), 2 * (M + 2 * N) * LD * sizeof(floatX), 0, c_d, d_d, a_d, b_d, e_d);
     char what[96];
     snprintf(what, sizeof what, "mma_abt %dx%dx%d in rows of %d", M, N, K, LD);
     test_compare_device_float(what, c_d, c, 2 * M * N, 0, 0);

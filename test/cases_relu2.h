@@ -2,9 +2,10 @@
 relu2: llmc/relu2.cuh against oracle.h.
 
 Allowed, with u = 2^-24: forward rounds the square once to float and once to floatX; backward is a
-square root, two products (the factor 2 is exact) and a rounding to floatX. Measured against x instead
-of the saved y there is the rounding of y besides, of which the square root keeps half. The golden
-file's values are float and went through as many roundings again; it is read in the fp32 build.
+square root, two products (the factor 2 is exact) and a rounding to floatX. Measured against x
+instead of the saved y there is the rounding of y besides, of which the square root keeps half. The
+golden file's values are float and went through as many roundings again; it is read in the fp32
+build.
 */
 #pragma once
 #include "../llmc/relu2.cuh"

@@ -1,13 +1,13 @@
 /*
 rmsnorm: llmc/rmsnorm.cuh against oracle.h.
 
-Allowed, with u = 2^-24. A sum of squares passes through at most 8 additions in a lane's chunks
-(C <= 2304), 3 within a chunk, 5 across the lanes and a product: 17 u relative, of which the root keeps
-half; root, addition of eps and quotients add 4: rstd is right to 13 u, y to 14 u and one rounding to
-floatX. Backward, the mean m of dy y is off by at most 18 u mean|dy y|, so dx by
-rstd (18 u |y| mean|dy y| + 4 u (|dy| + |y m|)) and one rounding to floatX; the largest such bound over
-all rows is allowed everywhere. The golden file's values are float, made by the same number of
-operations, so twice that is allowed; it is read in the fp32 build.
+Allowed, with u = 2^-24. A sum of squares passes through at most 8 additions in a lane's chunks (C
+<= 2304), 3 within a chunk, 5 across the lanes and a product: 17 u relative, of which the root keeps
+half; root, addition of eps and quotients add 4: rstd is right to 13 u, y to 14 u and one rounding
+to floatX. Backward, the mean m of dy y is off by at most 18 u mean|dy y|, so dx by rstd (18 u |y|
+mean|dy y| + 4 u (|dy| + |y m|)) and one rounding to floatX; the largest such bound over all rows is
+allowed everywhere. The golden file's values are float, made by the same number of operations, so
+twice that is allowed; it is read in the fp32 build.
 */
 #pragma once
 #include "../llmc/rmsnorm.cuh"
@@ -130,8 +130,9 @@ static void test_rmsnorm_backward_case(int N, int C, double scale) {
     cudaFree(dy_d), cudaFree(y_d), cudaFree(dx_d), cudaFree(old_d), cudaFree(rstd_d);
 }
 
-// Rows of ±2^k: mean square 4^k, rstd 2^-k, y ±1; with dy whole and C a power of two the mean of dy y
-// is 1: dx = rstd (dy - y) is C/8 - 1 or 1 times a power of two, and nothing rounds up to C = 1024.
+// Rows of ±2^k: mean square 4^k, rstd 2^-k, y ±1; with dy whole and C a power of two the mean of dy
+// y is 1: dx = rstd (dy - y) is C/8 - 1 or 1 times a power of two, and nothing rounds up to C =
+// 1024.
 static void test_rmsnorm_exact(int N, int C) {
     size_t n = (size_t)N * C;
     double *x = test_doubles(n), *y = test_doubles(n), *rstd = test_doubles(N);
@@ -154,8 +155,8 @@ static void test_rmsnorm_exact(int N, int C) {
     cudaFree(x_d), cudaFree(dy_d), cudaFree(rstd_d);
 }
 
-// Row 0 zero, row 1 with a NaN, row 2 with a NaN gradient, row 3 tiny, row 4 ordinary. Row 1 has to be
-// NaN everywhere forward and backward, row 2 everywhere backward, and no other row anywhere.
+// Row 0 zero, row 1 with a NaN, row 2 with a NaN gradient, row 3 tiny, row 4 ordinary. Row 1 has to
+// be NaN everywhere forward and backward, row 2 everywhere backward, and no other row anywhere.
 static void test_rmsnorm_edges(int C) {
     const int N = 5;
     const double eps = 0x1p-23, u = 0x1p-24;
@@ -175,12 +176,14 @@ static void test_rmsnorm_edges(int C) {
     oracle_rmsnorm_forward(y, rstd, x, N, C, eps);
     test_compare("rmsnorm_forward y of zero, NaN and tiny rows", y_stored, y, n, 0,
                  TEST_EPS + 14 * u);
-    test_compare("rmsnorm_forward rstd of zero, NaN and tiny rows", rstd_stored, rstd, N, 0, 13 * u);
+    test_compare("rmsnorm_forward rstd of zero, NaN and tiny rows", rstd_stored, rstd, N, 0,
+                 13 * u);
     for (size_t i = 0; i < n; i++) y[i] = y_stored[i];
     for (int i = 0; i < N; i++) rstd[i] = rstd_stored[i];
     oracle_rmsnorm_backward(dx, dy, y, rstd, N, C, false);
     double bound = test_rmsnorm_backward_bound(dy, y, rstd, 1, C);      // row 0, the largest rstd
-    test_compare_device("rmsnorm_backward of zero, NaN and tiny rows", dy_d, dx, n, bound, TEST_EPS);
+    test_compare_device("rmsnorm_backward of zero, NaN and tiny rows", dy_d, dx, n, bound,
+                        TEST_EPS);
     free(y_stored), free(rstd_stored);
     free(x), free(y), free(rstd), free(dy), free(dx);
     cudaFree(x_d), cudaFree(dy_d), cudaFree(y_d), cudaFree(rstd_d);

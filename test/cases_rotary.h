@@ -70,8 +70,8 @@ static void test_rotary_case(const RotaryCase* k) {
     float *c_d = test_upload_float(c, table), *s_d = test_upload_float(s, table);
     float* rstd_d = test_device_float(heads);
     char what[128], label[96];
-    snprintf(label, sizeof label, "B=%d T=%d H=%d D=%d ld=%d %s first, %s tables", k->B, k->T, k->H, D,
-             k->ld, k->norm_first ? "norm" : "rotation", k->bf16_tables ? "bf16" : "fp32");
+    snprintf(label, sizeof label, "B=%d T=%d H=%d D=%d ld=%d %s first, %s tables", k->B, k->T, k->H,
+             D, k->ld, k->norm_first ? "norm" : "rotation", k->bf16_tables ? "bf16" : "fp32");
     qknorm_rotary_forward(qk_d, rstd_d, c_d, s_d, N, k->T, k->H, D, k->ld, (float)k->eps,
                           k->norm_first, 0);
     qknorm_rotary_backward(dqk_d, qk_d, rstd_d, c_d, s_d, N, k->T, k->H, D, k->ld, k->ld,
@@ -118,7 +118,8 @@ static void test_rotary_nan(void) {
 
 // ---- golden files --------------------------------------------------------------------------
 
-static double* test_rotary_read(const SafeFile* f, int n, const char* format, const char* set, int D) {
+static double* test_rotary_read(const SafeFile* f, int n, const char* format, const char* set,
+                                int D) {
     char name[64];
     snprintf(name, sizeof name, format, set, D);
     double* x = test_doubles(n);
@@ -126,7 +127,8 @@ static double* test_rotary_read(const SafeFile* f, int n, const char* format, co
     bool is_bf16 = t && t->type == SAFE_BF16;
     const void* data = safetensors_data(f, name, is_bf16 ? SAFE_BF16 : SAFE_F32, n);
     for (int i = 0; i < n; i++) {
-        uint32_t bits = is_bf16 ? (uint32_t)((const uint16_t*)data)[i] << 16 : ((const uint32_t*)data)[i];
+        uint32_t bits =
+            is_bf16 ? (uint32_t)((const uint16_t*)data)[i] << 16 : ((const uint32_t*)data)[i];
         float value;
         memcpy(&value, &bits, 4);
         x[i] = value;
@@ -164,8 +166,8 @@ static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
     double* zero = test_doubles(2 * n);
     zero_d = test_upload(zero, 2 * n);
     qknorm_rotary_forward(qk_d, rstd_d, c_d, s_d, B * T, T, H, D, 2 * H * D, 1e-6f, true, 0);
-    qknorm_rotary_backward(dqk_d, zero_d, ones_d, c_d, s_d, B * T, T, H, D, 2 * H * D, 2 * H * D, true,
-                           0);
+    qknorm_rotary_backward(dqk_d, zero_d, ones_d, c_d, s_d, B * T, T, H, D, 2 * H * D, 2 * H * D,
+                           true, 0);
     float *got = test_download(qk_d, 2 * n), *rstd = test_download_float(rstd_d, 2 * heads);
     for (int i = 0; i < 2 * n; i++) got[i] /= rstd[i / D];
     for (int row = 0; row < B * T; row++) {
@@ -207,7 +209,8 @@ static void test_rotary_golden_tables(const SafeFile* f, int D) {
     int differ = 0;
     rotary_tables(c, s, 40, D, 10000.0f, true);
     for (int i = 0; i < 40 * half; i++) differ += c[i] != rounded[i];
-    test_check("rotary_tables golden bf16, share that rounds the other way", differ / (40.0 * half), 1e-3);
+    test_check("rotary_tables golden bf16, share that rounds the other way", differ / (40.0 * half),
+               1e-3);
     free(c), free(s), free(first), free(c_last), free(s_last), free(rounded);
 }
 
@@ -233,10 +236,12 @@ static void test_rotary_golden_norm(const SafeFile* f, const char* set, int D, f
     }
     for (int norm_first = 0; norm_first < 2; norm_first++) {
         floatX *qk_d = test_upload(x, n), *dqk_d = test_upload(dy, n);
-        float *c_d = test_upload_float(ones, 12 * D / 2), *s_d = test_upload_float(zeros, 12 * D / 2);
+        float *c_d = test_upload_float(ones, 12 * D / 2),
+              *s_d = test_upload_float(zeros, 12 * D / 2);
         float* rstd_d = test_device_float(24);
         qknorm_rotary_forward(qk_d, rstd_d, c_d, s_d, 12, 12, 1, D, 2 * D, eps, norm_first, 0);
-        qknorm_rotary_backward(dqk_d, qk_d, rstd_d, c_d, s_d, 12, 12, 1, D, 2 * D, 2 * D, norm_first, 0);
+        qknorm_rotary_backward(dqk_d, qk_d, rstd_d, c_d, s_d, 12, 12, 1, D, 2 * D, 2 * D,
+                               norm_first, 0);
         snprintf(name, sizeof name, "norm golden D=%d %s y", D, set);
         test_compare_device(name, qk_d, y, n, 0, 32 * u);
         snprintf(name, sizeof name, "norm golden D=%d %s dx", D, set);
@@ -270,8 +275,14 @@ static void test_rotary(void) {
     for (int i = 0; i < 4; i++) {
         for (int D = 32; D <= 128; D *= 2) {
             for (int mode = 0; mode < 4; mode++) {
-                RotaryCase k = {sizes[i][0], sizes[i][1], sizes[i][2], D, sizes[i][3] * sizes[i][2] * D,
-                                mode % 2 ? 0x1p-7 : 0x1p-23, mode < 2, i % 2 == 0};
+                RotaryCase k = {sizes[i][0],
+                                sizes[i][1],
+                                sizes[i][2],
+                                D,
+                                sizes[i][3] * sizes[i][2] * D,
+                                mode % 2 ? 0x1p-7 : 0x1p-23,
+                                mode < 2,
+                                i % 2 == 0};
                 test_rotary_case(&k);
             }
         }

@@ -52,7 +52,7 @@ while IFS= read -r line; do
             known[$tests]=green
         else
             known[$tests]=red
-            cat build.txt run.txt 2> /dev/null | tail -n 5
+            grep -hE "FAIL|error" build.txt run.txt | head -5
         fi
     fi
     if [ "${known[$tests]}" = red ]; then

@@ -148,12 +148,39 @@ static __global__ void planted_two_operations_kernel(float* out) {
     }
 }
 
+static __global__ void planted_two_shuffles_kernel(float* out) {
+    if (threadIdx.x < 16) {
+        out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+    } else {
+        out[threadIdx.x] = __shfl_down_sync(0xffffffffu, 1.0f, 1);
+    }
+}
+
 static __global__ void planted_foreign_mask_kernel(float* out) {
     out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1);
 }
 
 static __global__ void planted_plain_kernel(float* out) {
-    if (threadIdx.x == 0) *out = 1.0f;
+    unsigned thread = threadIdx.x + threadIdx.y + threadIdx.z;
+    unsigned block = blockIdx.x + blockIdx.y + blockIdx.z;
+    if (thread + block == 0) *out = 1.0f;
+}
+
+static __global__ void planted_wild_kernel(float* out) {
+    volatile uintptr_t wild = 4096;
+    if (threadIdx.x == 37) *(float*)wild = out[0];
+}
+
+static __device__ float planted_descend(volatile float* x, int depth) {
+    volatile float frame[256];
+    frame[depth % 256] = x[0];
+    return depth == 0 ? frame[0] : planted_descend(frame, depth - 1) + frame[depth % 256];
+}
+
+static __global__ void planted_stack_kernel(float* out) {
+    __syncthreads();
+    volatile float x[1] = {1.0f};
+    out[threadIdx.x] = planted_descend(x, 1 << 20);
 }
 
 // ---- streams -------------------------------------------------------------------------------
@@ -275,8 +302,11 @@ static int planted_main(const char* name) {
     PLANTED("exited_lane", planted_exited_lane_kernel, 1, PLANTED_BLOCK, 0);
     PLANTED("late_exit", planted_late_exit_kernel, 1, PLANTED_BLOCK, 0);
     PLANTED("two_operations", planted_two_operations_kernel, 1, PLANTED_BLOCK, 0);
+    PLANTED("two_shuffles", planted_two_shuffles_kernel, 1, PLANTED_BLOCK, 0);
     PLANTED("foreign_mask", planted_foreign_mask_kernel, 1, PLANTED_BLOCK, 0);
     PLANTED("absent_lanes", planted_absent_lanes_kernel, 1, 40, 0);
+    PLANTED("wild", planted_wild_kernel, 1, PLANTED_BLOCK, 0);
+    PLANTED("stack", planted_stack_kernel, 1, PLANTED_BLOCK, 0);
     PLANTED("no_threads", planted_plain_kernel, 1, 0, 0);
     PLANTED("many_threads", planted_plain_kernel, 1, dim3(32, 32, 2), 0);
     PLANTED("deep_block", planted_plain_kernel, 1, dim3(1, 1, 65), 0);

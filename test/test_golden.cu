@@ -38,7 +38,8 @@ static void read_rows(double* out, const floatX* tensor, int rows, int cols, int
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(copy, tensor, n * sizeof(floatX), cudaMemcpyDeviceToHost));
     for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < cols; c++) out[(size_t)r * cols + c] = test_from_floatX(&copy[(size_t)r * ld + c]);
+        const floatX* row = copy + (size_t)r * ld;
+        for (int c = 0; c < cols; c++) out[(size_t)r * cols + c] = test_from_floatX(&row[c]);
     }
     free(copy);
 }
@@ -68,10 +69,11 @@ static void probe_keep(const char* name, int layer, const floatX* tensor, int ro
         return;
     }
     if (!strcmp(name, "qkv")) {
-        read_rows(result_of_layer(probed, "act.h%d.q_lin", layer, n / 3), tensor, rows, cols / 3, ld);
-        read_rows(result_of_layer(probed, "act.h%d.k_lin", layer, n / 3), tensor + cols / 3, rows, cols / 3, ld);
-        read_rows(result_of_layer(probed, "act.h%d.v_lin", layer, n / 3), tensor + 2 * (cols / 3), rows,
-                  cols / 3, ld);
+        static const char* const PARTS[] = {"act.h%d.q_lin", "act.h%d.k_lin", "act.h%d.v_lin"};
+        int C = cols / 3;
+        for (int i = 0; i < 3; i++) {
+            read_rows(result_of_layer(probed, PARTS[i], layer, n / 3), tensor + i * C, rows, C, ld);
+        }
         return;
     }
     if (!strcmp(name, "x0")) {

@@ -234,7 +234,8 @@ static void test_loss(void) {
     kind = ORACLE_SOFTCAP_NONE;
     loss_scalar();
     test_check("loss of equal logits is log V", fabs(rstd[0] - log((double)V)), 1e-14);
-    test_check("softcap 30 tanh(z/30)", fabs(oracle_softcap(15, ORACLE_SOFTCAP_TANH, 30) - 30 * tanh(0.5)), 1e-13);
+    test_check("softcap 30 tanh(z/30)",
+               fabs(oracle_softcap(15, ORACLE_SOFTCAP_TANH, 30) - 30 * tanh(0.5)), 1e-13);
     test_check("softcap 30 sigmoid(z/7.5)",
                fabs(oracle_softcap(15, ORACLE_SOFTCAP_SIGMOID, 30) - 30 / (1 + exp(-2.0))), 1e-13);
 }

@@ -195,20 +195,19 @@ static void test_common(void) {
     test_true("real_text is short", strcmp(real_text(text, sizeof text, 0.1), "0.1") == 0 &&
               strcmp(real_text(text, sizeof text, 10000), "10000") == 0);
 
-    static const struct { const char *in, *out;
-    } STRINGS[] = { { "plain", "\"plain\"" },
-                    { "a\"b\\c", "\"a\\\"b\\\\c\"" },
-                    { "\n\x01\x7f", "\"\\u000a\\u0001\\u007f\"" },
-                    { "\xc3\xa9", "\"\xc3\xa9\"" },
-                    { "\xc3", "\"\\ufffd\"" },
-                    { "\xff"
-                      "a",
-                      "\"\\ufffda\"" },
-                    { "\xe2\x82", "\"\\ufffd\\ufffd\"" },
-                    { "\xf0\x9f\x98\x80", "\"\xf0\x9f\x98\x80\"" },
-                    { "\xc3\xc3", "\"\\ufffd\\ufffd\"" },
-                    { "\xc0\x80", "\"\\ufffd\\ufffd\"" },
-                    { "\xed\xa0\x80", "\"\\ufffd\\ufffd\\ufffd\"" } };
+    static const struct { const char *in, *out; } STRINGS[] = {
+        { "plain", "\"plain\"" },
+        { "a\"b\\c", "\"a\\\"b\\\\c\"" },
+        { "\n\x01\x7f", "\"\\u000a\\u0001\\u007f\"" },
+        { "\xc3\xa9", "\"\xc3\xa9\"" },
+        { "\xc3", "\"\\ufffd\"" },
+        { "\xff" "a", "\"\\ufffda\"" },
+        { "\xe2\x82", "\"\\ufffd\\ufffd\"" },
+        { "\xf0\x9f\x98\x80", "\"\xf0\x9f\x98\x80\"" },
+        { "\xc3\xc3", "\"\\ufffd\\ufffd\"" },
+        { "\xc0\x80", "\"\\ufffd\\ufffd\"" },
+        { "\xed\xa0\x80", "\"\\ufffd\\ufffd\\ufffd\"" },
+    };
     for (size_t i = 0; i < sizeof STRINGS / sizeof *STRINGS; i++) {
         char* made;
         size_t n;
@@ -266,8 +265,7 @@ static void test_flags(void) {
     test_true("softcap words count as in loss.cuh",
               FLAG_SOFTCAP_NONE == 0 && FLAG_SOFTCAP_TANH == 1 && FLAG_SOFTCAP_SIGMOID == 2);
 
-    static const struct { const char *words, *part1, *part2;
-    } ERRORS[] = {
+    static const struct { const char *words, *part1, *part2; } ERRORS[] = {
         { "--stepz 3", "no flag --stepz; the nearest is --steps", "--help lists them" },
         { "--batch-token 3", "the nearest is --batch-tokens", NULL },
         { "--batch_tokens 3", "no flag --batch_tokens; the nearest is --batch-tokens", NULL },
@@ -312,7 +310,7 @@ static void test_flags(void) {
         { "--channels 768 --heads 5", "--channels 768 is not a multiple of --heads 5",
           "nearest that fit: 765 and 770" },
         { "--channels 768 --heads 4", "is a head of 192 channels; it must be 32, 64 or 128",
-          "--heads 6 (heads of 128)" },
+          "with these channels: --heads 6 (heads of 128)" },
         { "--channels 100 --heads 2", "is a head of 50 channels", "multiples of 32" },
         { "--vocab 50257", "--vocab 50257 is not a multiple of 8",
           "nearest that fit: 50256 and 50264" },
@@ -423,69 +421,17 @@ typedef struct Record {
 } Record;
 
 static void test_recipes(void) {
-    static const Record RECORDS[] = { { "modern",
-                                        5100,
-                                        1450,
-                                        0,
-                                        FLAG_HEAD_TIED,
-                                        FLAG_INIT_UNIFORM,
-                                        0,
-                                        0,
-                                        0,
-                                        0,
-                                        FLAG_QK_ROTATE_FIRST,
-                                        FLAG_SOFTCAP_NONE,
-                                        0,
-                                        FLAG_MUON_SCALE_MAX_DIM,
-                                        1.1920929e-07,
-                                        0.0078125,
-                                        0.00036,
-                                        0.0036,
-                                        0,
-                                        0,
-                                        0.95 },
-                                      { "untied",
-                                        4578,
-                                        1308,
-                                        0,
-                                        FLAG_HEAD_UNTIED,
-                                        FLAG_INIT_NORMAL,
-                                        1,
-                                        0,
-                                        0,
-                                        0,
-                                        FLAG_QK_NORM_FIRST,
-                                        FLAG_SOFTCAP_NONE,
-                                        0,
-                                        FLAG_MUON_SCALE_ASPECT,
-                                        1.1920929e-07,
-                                        0.0078125,
-                                        0.02,
-                                        0.3,
-                                        0.002,
-                                        0,
-                                        0.95 },
-                                      { "unet",
-                                        3000,
-                                        900,
-                                        500,
-                                        FLAG_HEAD_UNTIED,
-                                        FLAG_INIT_NORMAL,
-                                        1,
-                                        1,
-                                        1,
-                                        1,
-                                        FLAG_QK_NORM_FIRST,
-                                        FLAG_SOFTCAP_TANH,
-                                        1,
-                                        FLAG_MUON_SCALE_ASPECT,
-                                        0.0078125,
-                                        0.0078125,
-                                        0.04,
-                                        0.6,
-                                        0.008,
-                                        0.04,
-                                        0.85 } };
+    static const Record RECORDS[] = {
+        { "modern", 5100, 1450, 0, FLAG_HEAD_TIED, FLAG_INIT_UNIFORM, 0, 0, 0, 0,
+          FLAG_QK_ROTATE_FIRST, FLAG_SOFTCAP_NONE, 0, FLAG_MUON_SCALE_MAX_DIM,
+          1.1920929e-07, 0.0078125, 0.00036, 0.0036, 0, 0, 0.95 },
+        { "untied", 4578, 1308, 0, FLAG_HEAD_UNTIED, FLAG_INIT_NORMAL, 1, 0, 0, 0,
+          FLAG_QK_NORM_FIRST, FLAG_SOFTCAP_NONE, 0, FLAG_MUON_SCALE_ASPECT,
+          1.1920929e-07, 0.0078125, 0.02, 0.3, 0.002, 0, 0.95 },
+        { "unet", 3000, 900, 500, FLAG_HEAD_UNTIED, FLAG_INIT_NORMAL, 1, 1, 1, 1,
+          FLAG_QK_NORM_FIRST, FLAG_SOFTCAP_TANH, 1, FLAG_MUON_SCALE_ASPECT,
+          0.0078125, 0.0078125, 0.04, 0.6, 0.008, 0.04, 0.85 },
+    };
     static Settings s, initial;
     for (int i = 0; i < 3; i++) {
         const Record* r = &RECORDS[i];
@@ -595,10 +541,10 @@ static void test_schedule(void) {
 
     static Settings s;
     parse_words(&s, "--recipe unet");
-    static const struct { int64_t step; double momentum;
-    } MOMENTA[] = { { 0, 0.85 },   { 1, 0.85 + 0.1 / 500 },
-                    { 250, 0.90 }, { 499, 0.85 + 0.1 * 499 / 500 },
-                    { 500, 0.95 }, { 2999, 0.95 } };
+    static const struct { int64_t step; double momentum; } MOMENTA[] = {
+        { 0, 0.85 }, { 1, 0.85 + 0.1 / 500 }, { 250, 0.90 }, { 499, 0.85 + 0.1 * 499 / 500 },
+        { 500, 0.95 }, { 2999, 0.95 },
+    };
     for (int i = 0; i < 6; i++) {
         test_check(
             "unet momentum",
@@ -1317,11 +1263,12 @@ static void pick_none(void* unused) {
 static void test_sampler(void) {
     enum { N = 20000, V = 6 };
     float z[V] = { 0, 1, -1, 2, 1, -INFINITY };
-    static const struct { double temperature; int top_k; bool in[V];
-    } CASES[] = { { 1, 0, { 1, 1, 1, 1, 1, 0 } },   { 1, 99, { 1, 1, 1, 1, 1, 0 } },
-                  { 0.5, 0, { 1, 1, 1, 1, 1, 0 } }, { 2, 3, { 0, 1, 0, 1, 1, 0 } },
-                  { 1, 2, { 0, 1, 0, 1, 0, 0 } },   { 0, 0, { 0, 0, 0, 1, 0, 0 } },
-                  { 3, 1, { 0, 0, 0, 1, 0, 0 } } };
+    static const struct { double temperature; int top_k; bool in[V]; } CASES[] = {
+        { 1, 0, { 1, 1, 1, 1, 1, 0 } }, { 1, 99, { 1, 1, 1, 1, 1, 0 } },
+        { 0.5, 0, { 1, 1, 1, 1, 1, 0 } }, { 2, 3, { 0, 1, 0, 1, 1, 0 } },
+        { 1, 2, { 0, 1, 0, 1, 0, 0 } }, { 0, 0, { 0, 0, 0, 1, 0, 0 } },
+        { 3, 1, { 0, 0, 0, 1, 0, 0 } },
+    };
     for (size_t c = 0; c < sizeof CASES / sizeof *CASES; c++) {
         double p[V], sum = 0;
         int count[V] = { 0 };
@@ -1352,19 +1299,16 @@ static void test_sampler(void) {
     expect_death("a logit that is NaN", pick_nan, NULL, "sample: logit 1 is nan", NULL);
     expect_death("no logit above -inf", pick_none, NULL, "sample: all 3 logits are -inf", NULL);
 
-    static const struct { int vocab, n, tokens[8]; const char* text;
-    } TEXTS[] = { { 320, 3, { 'H', 'i', '\n' }, "Hi\n" },
-                  { 320, 3, { 256, 'a', 300 }, "<end>a<300>" },
-                  { 320, 2, { 0xc3, 0xa9 }, "\xc3\xa9" },
-                  { 320,
-                    2,
-                    { 0xc3, 'a' },
-                    "\xef\xbf\xbd"
-                    "a" },
-                  { 320, 2, { 0xc3, 256 }, "\xef\xbf\xbd<end>" },
-                  { 320, 3, { 27, '\t', 0 }, "\\x1b\t\\x00" },
-                  { 320, 4, { 0xf0, 0x9f, 0x98, 0x80 }, "\xf0\x9f\x98\x80" },
-                  { 50304, 3, { 1, 256, 50256 }, "1 256 50256" } };
+    static const struct { int vocab, n, tokens[8]; const char* text; } TEXTS[] = {
+        { 320, 3, { 'H', 'i', '\n' }, "Hi\n" },
+        { 320, 3, { 256, 'a', 300 }, "<end>a<300>" },
+        { 320, 2, { 0xc3, 0xa9 }, "\xc3\xa9" },
+        { 320, 2, { 0xc3, 'a' }, "\xef\xbf\xbd" "a" },
+        { 320, 2, { 0xc3, 256 }, "\xef\xbf\xbd<end>" },
+        { 320, 3, { 27, '\t', 0 }, "\\x1b\t\\x00" },
+        { 320, 4, { 0xf0, 0x9f, 0x98, 0x80 }, "\xf0\x9f\x98\x80" },
+        { 50304, 3, { 1, 256, 50256 }, "1 256 50256" },
+    };
     for (size_t i = 0; i < sizeof TEXTS / sizeof *TEXTS; i++) {
         char text[64];
         size_t n = sampler_text(text, sizeof text, TEXTS[i].tokens, TEXTS[i].n, TEXTS[i].vocab);
@@ -1613,18 +1557,18 @@ static void test_plot_loss(void) {
     // The name holds spaces, so it goes in by a link without.
     REQUIRE(symlink(path_of("many & <more>.txt"), path_of("m&<.txt")) == 0, "symlink: %s",
             strerror(errno));
-    snprintf(words, sizeof words, "--by time --y-max 3 --target 1.5 --out %s %s %s",
+    snprintf(words, sizeof words, "--by time --y-max 3 --target 0.5 --out %s %s %s",
              path_of("b.svg"), path_of("m&<.txt"), path_of("log.txt"));
     test_true("two logs", child_run(run_plot, words)->status == 0);
     svg = read_file(path_of("b.svg"), NULL);
     test_true("thinned by means",
               strstr(svg, "train, mean of 3 steps") && !strstr(svg, "mean of 1 steps"));
     test_true("the means",
-              strstr(svg, "d=\"M71.5 484.0L"));    // 1 at 0.02 s, in [1, 3] and [0, 11.99]
+              strstr(svg, "d=\"M71.5 391.2L"));    // 1 at 0.02 s, in [0.5, 3] and [0, 11.99]
     test_true("by time", strstr(svg, ">training time (s)<") && strstr(svg, ">12<"));
     test_true("names are escaped", strstr(svg, "m&amp;&lt;.txt") != NULL);
     test_true("two colours, a target", strstr(svg, "#d55e00") && strstr(svg, "class=\"target\"") &&
-                                           strstr(svg, ">1.5</text>"));
+                                           strstr(svg, ">0.5</text>"));
     free(svg);
 
     write_file(path_of("empty.txt"), "x\n", 2);

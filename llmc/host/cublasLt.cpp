@@ -6,15 +6,15 @@ cuBLASLt on oneDNN.
 oneDNN computes row-major products, so B is its source, A its weights, and below this line `rows`
 is n and `cols` is m.
 
-Given several threads, oneDNN may split the sum over k between them, and the bits of the result would
-depend on their number. So every product is cut here, by its shape alone, into pieces that one thread
-computes: tiles of at most 256 x 512 of one matrix, or several whole small matrices. The tile is
-large enough for oneDNN to reach the speed of the undivided product on one core (measured: from
+Given several threads, oneDNN may split the sum over k between them, and the bits of the result
+would depend on their number. So every product is cut here, by its shape alone, into pieces that one
+thread computes: tiles of at most 256 x 512 of one matrix, or several whole small matrices. The tile
+is large enough for oneDNN to reach the speed of the undivided product on one core (measured: from
 about 128 x 128 on) and leaves 24 pieces of a (1024, 3072) output to share out.
 
 A oneDNN primitive takes 0.1 to 0.7 ms to make and is kept for ever, by the piece's shape; a program
-has few shapes, and at most eight kinds of piece in each. Scratch memory belongs to the calling thread
-(user mode): the library's own would be the creating thread's.
+has few shapes, and at most eight kinds of piece in each. Scratch memory belongs to the calling
+thread (user mode): the library's own would be the creating thread's.
 
 Runs with oneDNN 2.x (2.6.3 tried) and, by DNNL_VERSION_MAJOR, with 3.x (3.2 tried).
 */
@@ -103,7 +103,8 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute_type,
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc,
+                                        cublasComputeType_t compute_type,
                                         cudaDataType_t scale_type) {
     if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
     *desc = new cublasLtMatmulDescOpaque_t{
@@ -267,10 +268,15 @@ static cublasStatus_t problem_make(Problem* problem, cublasLtMatmulDesc_t desc,
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
 
-    *problem = Problem{(int64_t)n, (int64_t)m, (int64_t)k, d->batch,
+    *problem = Problem{(int64_t)n,
+                       (int64_t)m,
+                       (int64_t)k,
+                       d->batch,
                        tb ? Strides{b->stride, 1, b->ld} : Strides{b->stride, b->ld, 1},
                        ta ? Strides{a->stride, 1, a->ld} : Strides{a->stride, a->ld, 1},
-                       Strides{d->stride, d->ld, 1}, a->type == CUDA_R_16BF, d->type == CUDA_R_16BF};
+                       Strides{d->stride, d->ld, 1},
+                       a->type == CUDA_R_16BF,
+                       d->type == CUDA_R_16BF};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -302,7 +308,7 @@ static void algo_make(cublasLtMatmulAlgo_t* algo, const Problem* problem, size_t
     algo->data[1] = problem_hash(problem);
     algo->data[2] = workspace_bytes;
     for (int i = 0; i < 4; i++) {
-        // No kernel of the real library wants more than 16 bytes; below that it picks another kernel.
+        // No kernel of the real library wants more than 16 bytes; below that it has others.
         uint32_t needed = align[i] > 16 ? 16 : align[i];
         for (uint64_t log = 0; 2u << log <= needed; log++) algo->data[3 + i] = log + 1;
     }
@@ -426,7 +432,7 @@ static Piece* piece_make(const PieceKey& key) {
 
     dnnl::post_ops post;
     dnnl::primitive_attr attr;
-    // Not as a post-operation: a linear one and a sum together have no fast kernel for strided tiles.
+    // Not a post-operation: a linear one and a sum together have no fast kernel for a tile.
 #if DNNL_VERSION_MAJOR >= 3
     if (key.alpha != 1) attr.set_scales_mask(DNNL_ARG_SRC, 0);
 #else
@@ -439,15 +445,16 @@ static Piece* piece_make(const PieceKey& key) {
 #if DNNL_VERSION_MAJOR >= 3
     dnnl::matmul::primitive_desc pd(cpu_engine(), piece->src, piece->weights, piece->dst, attr);
 #else
-    dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(piece->src, piece->weights, piece->dst), attr,
-                                    cpu_engine());
+    dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(piece->src, piece->weights, piece->dst),
+                                    attr, cpu_engine());
 #endif
     // The reference kernel is right but some thousand times slower, which looks like a hang.
     double flops = 2.0 * key.batch * key.rows * key.cols * key.depth;
     if (strncmp(pd.impl_info_str(), "ref", 3) == 0 && flops > 1e6) {
-        fprintf(stderr, "cublasLt: oneDNN has only its reference kernel (%s) for %lld x (%lld, %lld, "
-                "%lld), bf16 in %d out %d; choose another layout\n", pd.impl_info_str(),
-                (long long)key.batch, (long long)key.rows, (long long)key.cols,
+        fprintf(stderr,
+                "cublasLt: oneDNN has only its reference kernel (%s) for %lld x (%lld, %lld, "
+                "%lld), bf16 in %d out %d; choose another layout\n",
+                pd.impl_info_str(), (long long)key.batch, (long long)key.rows, (long long)key.cols,
                 (long long)key.depth, (int)key.bf16_in, (int)key.bf16_out);
         exit(70);
     }
@@ -612,7 +619,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     Problem* p = &call.problem;
     cublasStatus_t status = problem_make(p, desc, a_layout, b_layout, c_layout, d_layout);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
-    memcpy(&call.alpha, alpha, sizeof(float));    // read at the call, not when the stream gets there
+    // read at the call, not when the stream gets there
+    memcpy(&call.alpha, alpha, sizeof(float));
     memcpy(&call.beta, beta, sizeof(float));
     if (call.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
 
@@ -637,8 +645,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     size_t d_bytes = operand_bytes(p->dst, p->rows, p->cols, p->batch, p->bf16_out);
     size_t a_bytes = operand_bytes(p->weights, p->depth, p->cols, p->batch, p->bf16_in);
     size_t b_bytes = operand_bytes(p->src, p->rows, p->depth, p->batch, p->bf16_in);
-    bool dense = d_layout->ld == (int64_t)d_layout->rows && a_layout->ld == (int64_t)a_layout->rows &&
-                 b_layout->ld == (int64_t)b_layout->rows;
+    bool dense = d_layout->ld == (int64_t)d_layout->rows &&
+                 a_layout->ld == (int64_t)a_layout->rows && b_layout->ld == (int64_t)b_layout->rows;
     if (dense && (overlap(d, d_bytes, a, a_bytes) || overlap(d, d_bytes, b, b_bytes))) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }

@@ -1,5 +1,6 @@
 /*
-The engine behind engine.h: fibers, the scheduler, barriers, warp collectives, the worker pool.
+The engine behind engine.h: the scheduler, barriers, warp collectives, blocks, launches. Stacks are
+in fiber.h, OS threads in pool.h, error reports in report.h.
 
 A worker (one OS thread) runs one block at a time. Each CUDA thread is in one of these states:
 fresh (not started), running (host_self), waiting (its stack is a parked fiber; it is counted in a
@@ -12,95 +13,40 @@ masks are kept. A runner whose thread has ended parks as idle when another stack
 is woken when a fresh thread needs a stack, so a block of n waiting threads uses n stacks, and the
 next block uses the same ones.
 
-Stack tops are offset by 64-byte steps: equal tops would share the same few sets of the L1 cache.
-
 Sanitizers: ASan is told of each switch. TSan gets one of its fibers per CUDA thread index, which
 then has a stack to itself (a stack used by two would look like a race), and happens-before edges
 for exactly what CUDA orders: launch and block borders, barriers, __syncwarp. Start and end are two
 objects, as one would order all threads of a block. Block borders order blocks of one worker; with
 HOST_INTERBLOCK=1 they do not, which shows races between blocks, for kernels without static
 __shared__ arrays.
-Test: test/test_host.cu, test/sanitizers.sh
+Test: test/test_host.cu, test/planted.cu
 */
 #ifdef __SANITIZE_THREAD__
 #error "compile engine.cpp without -fsanitize=thread, with -DHOST_TSAN: it is what TSan is told about"
 #endif
 #include "engine.h"
-#include <pthread.h>
-#include <sched.h>
-#include <cstdarg>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#if defined(__x86_64__) && !defined(HOST_UCONTEXT)
-#define HOST_ASM_SWITCH
-#if !defined(HOST_ASAN) && !defined(HOST_TSAN)
-#define HOST_ASM_STUBS      // sanitizers must be told before and after each switch
-#endif
-#else
-#include <ucontext.h>
-#endif
-
-#if defined(HOST_ASAN) || defined(HOST_TSAN)
-#define HOST_ONE_WORKER 1
-static const size_t STACK_BYTES = 512 * 1024;
-#else
-#define HOST_ONE_WORKER 0
-static const size_t STACK_BYTES = 128 * 1024;
-#endif
-
-#ifdef HOST_ASAN
-extern "C" void __sanitizer_start_switch_fiber(void** fake, const void* bottom, size_t size);
-extern "C" void __sanitizer_finish_switch_fiber(void* fake, const void** bottom, size_t* size);
-#endif
-
-#ifdef HOST_TSAN
-extern "C" void* __tsan_get_current_fiber(void);
-extern "C" void* __tsan_create_fiber(unsigned flags);
-extern "C" void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-extern "C" void __tsan_acquire(void* address);
-extern "C" void __tsan_release(void* address);
-static const bool TSAN = true;
-#define TSAN_ACQUIRE(p) __tsan_acquire(p)
-#define TSAN_RELEASE(p) __tsan_release(p)
-#else
-static const bool TSAN = false;
-#define TSAN_ACQUIRE(p) (void)(p)
-#define TSAN_RELEASE(p) (void)(p)
-#endif
+#include "fiber.h"
+#include "pool.h"
 
 __thread HostThread* host_self;
 __thread HostBlock host_block = {};
 
 // ---- state ---------------------------------------------------------------------------------
 
-enum { MAX_THREADS = 1024, MAX_WARPS = 32, MAX_WORKERS = 1024, MAX_BARRIERS = 16 };
+enum { MAX_THREADS = 1024, MAX_WARPS = 32, MAX_BARRIERS = 16 };
 static const size_t MAX_DYNAMIC_BYTES = 232448;     // 227 KB: sm_90 and sm_100
-
-struct HostFiber {
-    void* sp;           // saved stack pointer; must be first
-    char* stack;        // lowest usable address, null: the worker's own stack
-    size_t size;
-    void* asan_fake;
-    void* tsan;
-    void* context;      // ucontext_t* where there is no assembly switch
-    bool in_body;       // has a kernel's loop on it
-};
 
 struct Group {          // lanes that have arrived at one collective
     unsigned mask, arrived;
-    host_collective_fn fn;
+    host_collective_fn fn;      // null: __syncwarp
     const char* what;
+    unsigned generation;
+    char sync[2];               // addresses for TSan, alternating
 };
 
 struct Warp {
     unsigned live, ready, fresh;
     unsigned groups;    // bit i: group[i] is in use
-    unsigned syncs;     // completed __syncwarp
-    char sync[2];       // addresses for TSan, alternating
     Group group[32];    // more cannot be: each has a lane that waits
     void* slot[32];
 };
@@ -118,7 +64,6 @@ struct Barrier {
 enum Order { ORDER_DEPTH, ORDER_REVERSE, ORDER_BREADTH, ORDER_RANDOM };
 
 struct Worker {
-    HostThread before_first;            // so that thread[-1] may be read and compared
     HostThread thread[MAX_THREADS];
     Warp warp[MAX_WARPS];
     Barrier barrier[MAX_BARRIERS];
@@ -139,7 +84,7 @@ struct Worker {
 };
 
 static struct Job {
-    void (*work)(Worker* w);
+    bool running;
     const char* kernel;
     dim3 grid, block;
     size_t dynamic_bytes;
@@ -155,180 +100,12 @@ static Order order = ORDER_DEPTH;
 static uint64_t order_seed;
 static bool order_known, interblock;
 
-// ---- errors --------------------------------------------------------------------------------
+#include "report.h"
 
-static void print_place(void) {
-    if (!this_worker || !job.kernel) {
-        fprintf(stderr, "host: ");
-        return;
-    }
-    uint3 b = host_block.idx;
-    fprintf(stderr, "host: kernel %s, block (%u,%u,%u)", job.kernel, b.x, b.y, b.z);
-    if (host_self) {
-        uint3 t = host_self->idx;
-        fprintf(stderr, ", thread (%u,%u,%u)", t.x, t.y, t.z);
-    }
-    fprintf(stderr, ": ");
-}
-
-void host_error(const char* fmt, ...) {
-    fflush(stdout);
-    print_place();
-    va_list args;
-    va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
-    va_end(args);
-    fputc('\n', stderr);
-    fflush(stderr);
-    _exit(70);
-}
-
-// Threads that wait in the same place are one line: "threads 0-99 wait in __syncthreads at f:12".
-[[noreturn]] static void report_deadlock(Worker* w) {
-    fflush(stdout);
-    print_place();
-    fprintf(stderr, "deadlock: no thread of the block can go on; %u of %u have exited\n",
-            w->threads - w->live, w->threads);
-    int lines = 0;
-    for (unsigned i = 0; i < w->threads && lines < 20; lines++) {
-        HostThread* t = &w->thread[i];
-        bool live = w->warp[t->warp].live >> t->lane & 1;
-        unsigned j = i + 1;
-        for (; j < w->threads; j++) {
-            HostThread* u = &w->thread[j];
-            if ((w->warp[u->warp].live >> u->lane & 1) != live) break;
-            if (live && (u->what != t->what || u->line != t->line)) break;
-        }
-        if (live && t->file) {
-            fprintf(stderr, "    threads %u-%u wait in %s at %s:%d\n", i, j - 1, t->what, t->file,
-                    t->line);
-        } else {
-            fprintf(stderr, "    threads %u-%u %s %s\n", i, j - 1, live ? "wait in" : "have exited",
-                    live ? t->what : "");
-        }
-        i = j;
-    }
-    fflush(stderr);
-    _exit(70);
-}
-
-// ---- stacks and switches -------------------------------------------------------------------
-
-// A switch saves what the System V ABI says a call preserves, and nothing else.
-//
-// The functions that kernels call often (host_*_switch) are written around their C halves
-// (host_*_arrive), which say from which fiber to which to go, or null to return. After a switch the
-// stub leaves by an indirect jump, not by ret: the address is another thread's, which the return
-// stack of the CPU would mispredict each time. At entry of a new stack rsp is 8 mod 16, as after a
-// call.
-struct HostSwitch {
-    HostFiber *to, *from;       // returned in rax and rdx
-};
-
-#ifdef HOST_ASM_SWITCH
-extern "C" void host_fiber_switch(HostFiber* to, HostFiber* from);
-asm(R"(
-.text
-.p2align 5
-host_fiber_switch:
-    movq %rdi,%rax
-    movq %rsi,%rdx
-host_switch_tail:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp,(%rdx)
-    movq (%rax),%rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    popq %rcx
-    jmp *%rcx
-)");
-#endif
-
-#ifdef HOST_ASM_STUBS
-asm(R"(
-.macro HOST_STUB name
-.globl host_\name\()_switch
-.p2align 5
-host_\name\()_switch:
-    subq $8,%rsp
-    call host_\name\()_arrive
-    addq $8,%rsp
-    testq %rax,%rax
-    jnz host_switch_tail
-    ret
-.endm
-HOST_STUB next
-HOST_STUB barrier
-HOST_STUB collective
-)");
-#endif
-
-static void fiber_main(void);
-
-static void fiber_start_context(HostFiber* f, unsigned color) {
-    size_t offset = (color % 61) * 64;
-#ifdef HOST_ASM_SWITCH
-    uintptr_t top = ((uintptr_t)f->stack + f->size - offset) & ~(uintptr_t)63;
-    void** sp = (void**)(top - 72);     // rsp + 56 after the pops and ret: 8 mod 16
-    memset(sp - 7, 0, 8 * sizeof(void*));
-    sp[-1] = (void*)fiber_main;
-    f->sp = sp - 7;
-#else
-    ucontext_t* context = (ucontext_t*)calloc(1, sizeof(ucontext_t));
-    getcontext(context);
-    context->uc_stack.ss_sp = f->stack;
-    context->uc_stack.ss_size = f->size - offset;
-    makecontext(context, fiber_main, 0);
-    f->context = context;
-    f->sp = context;
-#endif
-}
-
-// A stack with a guard page below it, where the system still allows one more mapping.
-static void fiber_init(HostFiber* f, unsigned index) {
-    size_t page = 4096;
-    char* memory = (char*)mmap(NULL, STACK_BYTES + page, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == (char*)MAP_FAILED) host_error("no memory for the stack of a CUDA thread");
-    mprotect(memory, page, PROT_NONE);
-    f->stack = memory + page;
-    f->size = STACK_BYTES;
-#ifdef HOST_TSAN
-    f->tsan = __tsan_create_fiber(0);
-#endif
-    fiber_start_context(f, index);
-}
-
-HOST_NOSAN static inline void fiber_switch(HostFiber* from, HostFiber* to) {
-#ifdef HOST_ASAN
-    __sanitizer_start_switch_fiber(&from->asan_fake, to->stack, to->size);
-#endif
-#ifdef HOST_TSAN
-    __tsan_switch_to_fiber(to->tsan, 1);    // 1: no happens-before edge, the engine makes its own
-#endif
-#ifdef HOST_ASM_SWITCH
-    host_fiber_switch(to, from);
-#else
-    swapcontext((ucontext_t*)from->context, (ucontext_t*)to->context);
-#endif
-#ifdef HOST_ASAN
-    __sanitizer_finish_switch_fiber(from->asan_fake, NULL, NULL);
-#endif
-}
+// ---- runners -------------------------------------------------------------------------------
 
 HOST_NOSAN static void fiber_main(void) {
-#ifdef HOST_ASAN
-    __sanitizer_finish_switch_fiber(NULL, NULL, NULL);
-#endif
+    fiber_entered();
     for (;;) {
         HostFiber* me = this_worker->current;
         TSAN_ACQUIRE(&this_worker->hb_start);
@@ -345,7 +122,7 @@ HOST_NOSAN static HostFiber* runner_take(Worker* w, HostThread* t) {
     unsigned index = TSAN ? t->linear : w->fibers;
     if (!TSAN && w->idles) return w->idle[--w->idles];
     HostFiber* f = &w->fiber[index];
-    if (!f->stack) fiber_init(f, index);
+    if (!f->stack) fiber_init(f, index, fiber_main);
     if (!TSAN) w->fibers++;
     return f;
 }
@@ -486,7 +263,7 @@ HOST_NOSAN static void thread_exit(Worker* w, HostThread* me) {
         }
     }
     Barrier* b = &w->barrier[0];
-    if (b->arrived && b->arrived == w->live) barrier_release(w, b);
+    if (b->arrived && !b->count && b->arrived == w->live) barrier_release(w, b);
 }
 
 // ---- blocks --------------------------------------------------------------------------------
@@ -495,7 +272,7 @@ HOST_NOSAN static void thread_exit(Worker* w, HostThread* me) {
 HOST_NOSAN static bool block_begin(Worker* w) {
     uint64_t n = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
     if (n >= job.items) return false;
-    if (job.stride != 1) {
+    if (job.stride != 1 || job.offset != 0) {
         n = (uint64_t)(((unsigned __int128)n * job.stride + job.offset) % job.items);
     }
     uint64_t rest = n / job.grid.x;
@@ -610,15 +387,16 @@ extern "C" HOST_NOSAN HostSwitch host_collective_arrive(unsigned mask, host_coll
         g->arrived = 0;
         g->fn = fn;
         g->what = what;
-    } else if (g->fn != fn) {
+    } else if (g->fn != fn || g->what != what) {    // shuffles of all kinds share one function
         report_divergence(g, what);
     }
-    p->slot[me->lane] = arg;
+    p->slot[me->lane] = fn ? arg : &g->sync[g->generation & 1];
+    if (!fn) TSAN_RELEASE(p->slot[me->lane]);
     g->arrived |= bit;
     if (g->arrived == mask) {
         if (fn) fn(p->slot, mask);
         p->groups &= ~(1u << (g - p->group));
-        if (!fn) p->syncs++;
+        g->generation++;
         make_ready(w, me->warp, mask & ~bit);
         return go_on(w, me);
     }
@@ -654,12 +432,8 @@ extern "C" HOST_NOSAN void host_collective_switch(unsigned mask, host_collective
 #endif
 
 HOST_NOSAN void host_syncwarp(unsigned mask) {
-    Worker* w = this_worker;
-    Warp* p = &w->warp[host_self->warp];
-    char* sync = &p->sync[p->syncs & 1];
-    TSAN_RELEASE(sync);
     host_collective_switch(mask, NULL, NULL, "__syncwarp");
-    TSAN_ACQUIRE(sync);
+    TSAN_ACQUIRE(*host_self->slot);
 }
 
 HOST_NOSAN void host_yield(void) {
@@ -685,20 +459,8 @@ static Worker* worker_new(void) {
     Worker* w = (Worker*)mmap(NULL, sizeof(Worker), PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if ((void*)w == MAP_FAILED) host_error("no memory for a worker");
-#ifdef HOST_ASAN
-    pthread_attr_t attr;
-    void* stack;
-    pthread_getattr_np(pthread_self(), &attr);
-    pthread_attr_getstack(&attr, &stack, &w->own.size);
-    pthread_attr_destroy(&attr);
-    w->own.stack = (char*)stack;
-#endif
-#ifdef HOST_TSAN
-    w->own.tsan = __tsan_get_current_fiber();
-#endif
-#ifndef HOST_ASM_SWITCH
-    w->own.context = calloc(1, sizeof(ucontext_t));
-#endif
+    fiber_init_own(&w->own);
+    report_faults();
     w->current = &w->own;
     for (unsigned i = 0; i < MAX_THREADS; i++) {
         w->thread[i].linear = i;
@@ -710,7 +472,7 @@ static Worker* worker_new(void) {
 }
 
 static void dynamic_allocate(Worker* w, size_t bytes) {
-    bool exact = HOST_ONE_WORKER;       // so that the sanitizer sees the first byte too far
+    bool exact = ONE_WORKER;       // so that the sanitizer sees the first byte too far
     if (w->dynamic && !exact && bytes <= w->dynamic_capacity) return;
     free(w->dynamic);
     void* memory = NULL;
@@ -719,7 +481,9 @@ static void dynamic_allocate(Worker* w, size_t bytes) {
     w->dynamic_capacity = bytes;
 }
 
-static void work_grid(Worker* w) {
+static void work_grid(void) {
+    if (!this_worker) this_worker = worker_new();
+    Worker* w = this_worker;
     dim3 b = job.block;
     w->threads = b.x * b.y * b.z;
     w->warps = (w->threads + 31) / 32;
@@ -756,118 +520,12 @@ static void work_grid(Worker* w) {
     TSAN_ACQUIRE(&w->hb_end);
 }
 
-static void work_items(Worker* w) {
-    (void)w;
+static void work_items(void) {
     for (;;) {
         uint64_t i = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
         if (i >= job.items) return;
         job.item(job.args, (int)i);
     }
-}
-
-// ---- the pool ------------------------------------------------------------------------------
-// The caller is worker 0 and starts at once; the others join while the job is open. So a short
-// job never waits for a sleeping worker.
-
-static pthread_mutex_t pool_mutex = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t pool_wake = PTHREAD_COND_INITIALIZER;
-static pthread_cond_t pool_done = PTHREAD_COND_INITIALIZER;
-static unsigned pool_job, pool_closed;      // number of the newest job, and of the newest closed
-static int pool_active;                     // workers other than 0 in the job
-static int pool_cpu;                        // where worker 0 was at the start of the job
-static int pool_size, pool_wanted;          // OS threads that exist and that may work, with 0
-
-// A worker that was woken on the caller's CPU would only take turns with it: some schedulers pack
-// tasks so, and move them apart late. It goes to another CPU of its set.
-static void leave_cpu(int cpu) {
-    cpu_set_t all, others;
-    if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof(all), &all)) return;
-    others = all;
-    CPU_CLR(cpu, &others);
-    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others)) return;
-    sched_setaffinity(0, sizeof(all), &all);
-}
-
-static void* pool_main(void* arg) {
-    int index = (int)(intptr_t)arg;
-    unsigned seen = 0;
-    this_worker = worker_new();
-    for (;;) {
-        // A step has many short kernels in a row: looking for a moment is cheaper than sleeping.
-        for (int i = 0; i < 2000 && __atomic_load_n(&pool_job, __ATOMIC_RELAXED) == seen; i++) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-        }
-        pthread_mutex_lock(&pool_mutex);
-        while (pool_job == seen) pthread_cond_wait(&pool_wake, &pool_mutex);
-        seen = pool_job;
-        bool join = pool_closed != pool_job && index < pool_wanted;
-        if (join) pool_active++;
-        int caller_cpu = pool_cpu;
-        pthread_mutex_unlock(&pool_mutex);
-        if (!join) continue;
-        leave_cpu(caller_cpu);
-        job.work(this_worker);
-        pthread_mutex_lock(&pool_mutex);
-        if (--pool_active == 0) pthread_cond_signal(&pool_done);
-        pthread_mutex_unlock(&pool_mutex);
-    }
-    return NULL;
-}
-
-static int default_threads(void) {
-    const char* text = getenv("HOST_THREADS");
-    cpu_set_t cpus;
-    int n = sched_getaffinity(0, sizeof(cpus), &cpus) ? 1 : CPU_COUNT(&cpus);
-    if (text && *text) {
-        char* end;
-        long value = strtol(text, &end, 10);
-        if (*end || value < 1 || value > MAX_WORKERS) {
-            host_error("HOST_THREADS is '%s', wanted a number from 1 to %d", text, MAX_WORKERS);
-        }
-        n = (int)value;
-    }
-    return n;
-}
-
-void host_set_threads(int n) {
-    if (n <= 0) n = default_threads();
-    pool_wanted = HOST_ONE_WORKER ? 1 : n < MAX_WORKERS ? n : MAX_WORKERS;
-}
-
-int host_threads(void) {
-    if (!pool_wanted) host_set_threads(0);
-    return pool_wanted;
-}
-
-static void pool_run(void) {
-    if (!this_worker) this_worker = worker_new();
-    if (!pool_size) pool_size = 1;
-    int threads = host_threads();
-    bool shared = threads > 1 && job.items > 1;
-    if (shared) {
-        for (; pool_size < threads; pool_size++) {
-            pthread_t thread;
-            if (pthread_create(&thread, NULL, pool_main, (void*)(intptr_t)pool_size)) {
-                host_error("cannot start worker %d of %d: lower HOST_THREADS", pool_size, threads);
-            }
-            pthread_detach(thread);
-        }
-        pthread_mutex_lock(&pool_mutex);
-        pool_cpu = sched_getcpu();
-        __atomic_store_n(&pool_job, pool_job + 1, __ATOMIC_RELAXED);
-        pthread_cond_broadcast(&pool_wake);
-        pthread_mutex_unlock(&pool_mutex);
-    }
-    job.work(this_worker);
-    if (shared) {
-        pthread_mutex_lock(&pool_mutex);
-        pool_closed = pool_job;
-        while (pool_active) pthread_cond_wait(&pool_done, &pool_mutex);
-        pthread_mutex_unlock(&pool_mutex);
-    }
-    job.kernel = NULL;
 }
 
 // ---- launches ------------------------------------------------------------------------------
@@ -919,7 +577,7 @@ void host_run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
         host_set_schedule(getenv("HOST_SCHED"));
         interblock = TSAN && getenv("HOST_INTERBLOCK");
     }
-    if (job.kernel) host_error("a kernel or a library call inside a kernel");
+    if (job.running) host_error("kernel %s is launched from inside a kernel or a job", kernel);
     uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) {
         host_error("kernel %s: block of (%u,%u,%u) threads, wanted 1 to 1024 in all, z at most 64",
@@ -934,7 +592,7 @@ void host_run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
                    MAX_DYNAMIC_BYTES);
     }
     job = Job{};
-    job.work = work_grid;
+    job.running = true;
     job.kernel = kernel;
     job.grid = grid;
     job.block = block;
@@ -943,16 +601,18 @@ void host_run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
     job.args = args;
     job.items = (uint64_t)grid.x * grid.y * grid.z;
     order_blocks();
-    pool_run();
+    pool_run(work_grid, job.items > 1);
+    job.running = false;
 }
 
 void host_parallel_for(int n, void (*fn)(void* ctx, int i), void* ctx) {
     if (n <= 0) return;
-    if (job.kernel) host_error("host_parallel_for inside a kernel");
+    if (job.running) host_error("host_parallel_for is called from inside a kernel or a job");
     job = Job{};
-    job.work = work_items;
+    job.running = true;
     job.item = fn;
     job.args = ctx;
     job.items = (uint64_t)n;
-    pool_run();
+    pool_run(work_items, n > 1);
+    job.running = false;
 }

@@ -162,7 +162,8 @@ HOST_NOSAN static void host_ldmatrix(void** slots, unsigned) {
         for (int j = 0; j < 4; j++) {
             int g = L / 4, t = L % 4;
             uint16_t low = TRANS ? lane[8 * j + 2 * t]->row[g] : lane[8 * j + g]->row[2 * t];
-            uint16_t high = TRANS ? lane[8 * j + 2 * t + 1]->row[g] : lane[8 * j + g]->row[2 * t + 1];
+            uint16_t high =
+                TRANS ? lane[8 * j + 2 * t + 1]->row[g] : lane[8 * j + g]->row[2 * t + 1];
             lane[L]->r[j] = low | (uint32_t)high << 16;
         }
     }
@@ -183,39 +184,46 @@ struct HostMma {
     uint32_t b[2];
 };
 
-HOST_NOSAN static inline float host_bf16_low(uint32_t x) {
-    union { uint32_t u; float f; } y = {x << 16};
-    return y.f;
-}
+typedef uint32_t host_v8u __attribute__((vector_size(32), may_alias));
+typedef float host_v8 __attribute__((vector_size(32), may_alias));
 
-HOST_NOSAN static inline float host_bf16_high(uint32_t x) {
-    union { uint32_t u; float f; } y = {x & 0xffff0000u};
-    return y.f;
-}
-
+// A and B as words of two elements that follow each other in k.
 HOST_NOSAN static inline void host_mma(void** slots, unsigned) {
     HostMma** lane = (HostMma**)slots;
-    alignas(64) float A[16][16], B[16][8], C[16][8];
+    alignas(32) uint32_t A[16][8], B[8][8];
+    alignas(32) float C[16][8];
     for (int L = 0; L < 32; L++) {
+        const HostMma* x = lane[L];
         int g = L / 4, t = L % 4;
-        for (int r = 0; r < 4; r++) {
-            A[g + r % 2 * 8][2 * t + r / 2 * 8] = host_bf16_low(lane[L]->a[r]);
-            A[g + r % 2 * 8][2 * t + r / 2 * 8 + 1] = host_bf16_high(lane[L]->a[r]);
-        }
-        for (int r = 0; r < 2; r++) {
-            B[2 * t + r * 8][g] = host_bf16_low(lane[L]->b[r]);
-            B[2 * t + r * 8 + 1][g] = host_bf16_high(lane[L]->b[r]);
-        }
-        for (int i = 0; i < 4; i++) C[g + i / 2 * 8][2 * t + i % 2] = lane[L]->d[i];
+        A[g][t] = x->a[0];
+        A[g + 8][t] = x->a[1];
+        A[g][t + 4] = x->a[2];
+        A[g + 8][t + 4] = x->a[3];
+        B[t][g] = x->b[0];
+        B[t + 4][g] = x->b[1];
+        memcpy(&C[g][2 * t], x->d, 8);
+        memcpy(&C[g + 8][2 * t], x->d + 2, 8);
+    }
+    host_v8 even[8], odd[8];                   // rows 2w and 2w + 1 of B
+    for (int w = 0; w < 8; w++) {
+        host_v8u word = *(host_v8u*)B[w];
+        even[w] = (host_v8)(word << 16);
+        odd[w] = (host_v8)(word & 0xffff0000u);
     }
     for (int m = 0; m < 16; m++) {
-        for (int k = 0; k < 16; k++) {
-            for (int n = 0; n < 8; n++) C[m][n] += A[m][k] * B[k][n];
+        host_v8u word = *(host_v8u*)A[m];
+        host_v8 low = (host_v8)(word << 16), high = (host_v8)(word & 0xffff0000u);
+        host_v8 sum = *(host_v8*)C[m];
+        for (int w = 0; w < 8; w++) {
+            sum += even[w] * low[w];
+            sum += odd[w] * high[w];
         }
+        *(host_v8*)C[m] = sum;
     }
     for (int L = 0; L < 32; L++) {
         int g = L / 4, t = L % 4;
-        for (int i = 0; i < 4; i++) lane[L]->d[i] = C[g + i / 2 * 8][2 * t + i % 2];
+        memcpy(lane[L]->d, &C[g][2 * t], 8);
+        memcpy(lane[L]->d + 2, &C[g + 8][2 * t], 8);
     }
 }
 

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# test/cli.sh PROGRAM: the trainer as a user meets it, on shards made from this repository's own text.
+#   same flags, same seed: equal logs (times aside) and equal weights, twice and on 1 and 2 OS threads
+#   log lines, saved weights, --load and samples, --dry-run, Ctrl-C, the words that bad input gets
+set -u
+program=$(realpath "$1")
+cd "$(dirname "$0")/.."
+tools=$(dirname "$program")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+check() {      # check NAME STATUS: 0 passes
+    if [ "$2" -eq 0 ]; then passed=$((passed + 1)); else echo "FAIL  $1"; failed=$((failed + 1)); fi
+}
+has() { grep -qE -- "$3" "$2"; check "$1: $3" $?; }      # has NAME FILE REGEX
+same() { cmp -s "$2" "$3"; check "$1" $?; }
+without_times() { grep -E '^(step|RESULT)' "$1" | sed -E 's/(train_time|step_avg):[0-9.]+ms//g'; }
+tensor_bytes() {      # a safetensors file without its header, which names the output directory
+    local header; header=$(od -An -tu8 -N8 "$1" | tr -d ' ')
+    tail -c +$((9 + header)) "$1"
+}
+
+"$tools/text_to_shards" --out "$work/text" train_gpt2.cu llmc/*.cuh > /dev/null; check "text_to_shards" $?
+base=(--layers 2 --heads 2 --channels 64 --vocab 320 --seq-len 32 --micro-batch 4 --batch-tokens 256 --val-tokens 500 --val-every 4
+      --steps 6 --batching stream --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
+run() {      # run NAME FLAGS...: a small run into $work/NAME, its words in $work/NAME.txt; FLAGS replace those of base
+    local name="$1" flags=() i; shift
+    for ((i = 0; i < ${#base[@]}; i += 2)); do
+        [[ " $* " == *" ${base[i]} "* ]] || flags+=("${base[i]}" "${base[i + 1]}")
+    done
+    "$program" "${flags[@]}" --out "$work/$name" "$@" > "$work/$name.txt" 2>&1
+}
+
+# ---- equal runs ----------------------------------------------------------------------------
+for recipe in modern untied unet; do
+    HOST_THREADS=1 run $recipe-1 --recipe $recipe; check "$recipe runs on one thread" $?
+    HOST_THREADS=2 run $recipe-2 --recipe $recipe; check "$recipe runs on two threads" $?
+    HOST_THREADS=2 run $recipe-3 --recipe $recipe; check "$recipe runs again" $?
+    for other in 2 3; do
+        same "$recipe: log of run $other" <(without_times "$work/$recipe-1/log.txt") <(without_times "$work/$recipe-$other/log.txt")
+        same "$recipe: weights of run $other" <(tensor_bytes "$work/$recipe-1/model.safetensors") \
+             <(tensor_bytes "$work/$recipe-$other/model.safetensors")
+    done
+done
+run seed-2 --recipe modern --seed 2
+! cmp -s <(tensor_bytes "$work/modern-1/model.safetensors") <(tensor_bytes "$work/seed-2/model.safetensors")
+check "another seed gives other weights" $?
+
+# ---- the log -------------------------------------------------------------------------------
+log="$work/modern-1/log.txt"
+has "log" "$log" '^step:0/6 val_loss:[0-9.]+ train_time:0ms step_avg:[0-9.na]+ms$'
+has "log" "$log" '^step:4/6 val_loss:'
+has "log" "$log" '^step:6/6 val_loss:'
+has "log" "$log" '^step:1/6 train_loss:[0-9.]+ train_time:[0-9]+ms step_avg:[0-9.]+ms$'
+has "log" "$log" '^RESULT val_loss:[0-9.]+ target:3.28 reached:(yes|no) train_time:[0-9]+ms tokens:1536 seed:1 commit:'
+check "RESULT is the last line" "$(tail -1 "$log" | grep -q ^RESULT; echo $?)"
+
+# ---- weights: saved, loaded, sampled -------------------------------------------------------
+run saved --recipe unet --save-every 3
+[ -s "$work/saved/model_000003.safetensors" ]; check "--save-every 3 leaves model_000003.safetensors" $?
+run loaded --recipe unet --load "$work/saved/model.safetensors" --steps 1
+end=$(grep -oE '^step:6/6 val_loss:[0-9.]+' "$work/saved/log.txt" | cut -d: -f3)
+start=$(grep -oE '^step:0/1 val_loss:[0-9.]+' "$work/loaded/log.txt" | cut -d: -f3)
+[ -n "$end" ] && [ "$end" = "$start" ]; check "--load starts where the file ended ($end, $start)" $?
+run sampled --recipe unet --load "$work/saved/model.safetensors" --train '' --sample-tokens 20 --sample-temperature 0
+has "sample" "$work/sampled.txt" 'sample'
+run wrong --recipe unet --load "$work/saved/model.safetensors" --channels 128; check "a file of another shape is refused" $((! $?))
+has "wrong shape" "$work/wrong.txt" 'model.safetensors: .* shape'
+
+# ---- dry run -------------------------------------------------------------------------------
+"$program" --recipe modern --dry-run > "$work/dry.txt" 2>&1; check "--dry-run of the record's own size" $?
+has "dry run" "$work/dry.txt" 'parameters 123568128'
+has "dry run" "$work/dry.txt" 'memory in all'
+
+# ---- Ctrl-C --------------------------------------------------------------------------------
+run stopped --recipe modern --steps 100000 &
+for _ in $(seq 100); do grep -q '^step:8/' "$work/stopped/log.txt" 2> /dev/null && break; sleep 0.1; done
+pkill -TERM -P $! || kill -TERM $!
+wait $!; status=$?
+[ $status -eq 130 ]; check "SIGTERM ends the run with 130 (got $status)" $?
+[ -s "$work/stopped/model.safetensors" ]; check "and the weights are there" $?
+has "stopped" "$work/stopped/log.txt" '^RESULT'
+
+# ---- bad input -----------------------------------------------------------------------------
+refused() {      # refused REGEX FLAGS...
+    local words="$1"; shift
+    run refused "$@"; local status=$?
+    [ $status -eq 1 ] && grep -qE -- "$words" "$work/refused.txt" && ! [ -e "$work/refused/model.safetensors" ]
+    check "refused: $* (exit $status: $(head -1 "$work/refused.txt"))" $?
+}
+refused 'no such|unknown|no flag' --recipe modern --stepz 5
+refused 'wants an integer|not a' --recipe modern --seed 7x
+refused 'batch-tokens' --recipe modern --batch-tokens 250
+refused 'heads' --recipe modern --heads 3
+refused 'layers' --recipe unet --layers 3
+refused 'recipe' --recipe nonesuch
+head -c 1000 "$work"/text_train_000001.bin > "$work/short.bin"
+refused 'short.bin' --recipe modern --train "$work/short.bin"
+refused 'nothing' --recipe modern --train "$work/nothing*.bin"
+refused 'vocab|token' --recipe modern --vocab 64
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
