@@ -666,8 +666,8 @@ static void update(Model* m, int64_t step, Schedule now) {
         if (bank->n == 0) continue;
         float lr = bank_lr(cfg, (BankId)b) * now.lr_mult;
         if (bank->v) {
-            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr, (float)cfg->adam_beta1,
-                         (float)cfg->adam_beta2, (float)cfg->adam_eps, (float)cfg->weight_decay, (int)step, bank->bf16,
+            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr, cfg->adam_beta1,
+                         cfg->adam_beta2, (float)cfg->adam_eps, (float)cfg->weight_decay, (int)step, bank->bf16,
                          m->stream);
             continue;
         }

@@ -68,8 +68,10 @@ static __global__ void adamw_kernel(floatX* p, float* master, const float* g, fl
 
 // ---- launcher -------------------------------------------------------------------------------
 
+// The betas are doubles: 1 - 0.95f is off by 2.4e-7 of itself, and in the first steps, where m and v are
+// little more than that factor times a gradient, bf16 states round it to another value now and then.
 static inline void adamw_update(floatX* p, float* master, const float* g, float* m, float* v,
-                                size_t n, float lr, float beta1, float beta2, float eps, float wd,
+                                size_t n, float lr, double beta1, double beta2, float eps, float wd,
                                 int step, bool bf16_state, cudaStream_t stream) {
     REQUIRE(n > 0 && step >= 1, "adamw: n=%zu step=%d, both must be positive", n, step);
     REQUIRE(master || bf16_state || !FLOATX_IS_BF16,

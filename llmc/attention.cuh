@@ -40,23 +40,30 @@ shared memory, not multiplying, is what limits a warp with 16 rows.
     D =  64   128 x 64          128 x 32          128 x 64           36864      51072      55296
     D = 128   128 x 64           64 x 64          128 x 32           69632      87808      87040
 
-The sizes are the largest that keep 255 registers without spilling and, in bf16, 99 KB of shared
-memory, which is what the smaller GPUs of each generation have. Rows of a tile lie D + 8 elements
-apart (see ptx.cuh).
+The sizes are the largest that keep 255 registers without spilling (two blocks then share an SM)
+and, in bf16, 99 KB of shared memory, which is what the smaller GPUs of each generation have. Rows
+of a tile lie D + 8 elements apart (see ptx.cuh). In memory, in this order: forward q k v; dK dV
+k v q q dout, then lse lse delta; dQ q dout k v. In fp32 D = 128 needs 171 KB in the backward pass,
+which sm_90 and sm_100 have.
 
 Pipeline. Every kernel streams two tensors per step and has two products that begin with one of
 them each, so one copy is always on its way while the tile that came before is multiplied:
 
-    forward   wait K_n   barrier   start V_n      s = q kᵀ      wait V_n   barrier   start K_n-1   softmax, out += p v
-    dK dV     wait Q_m   barrier   start dO_m     sᵀ = k qᵀ     wait dO_m  barrier   start Q_m+1   dv += pᵀ dO, dpᵀ = v dOᵀ, dk += dsᵀ q
-    dQ        wait V_n   barrier   start K_n      dp = dO vᵀ    wait K_n   barrier   start V_n-1   s = q kᵀ, dq += ds k
+    forward   wait, barrier   start V_n     s = q kᵀ
+              wait, barrier   start K_n-1   softmax, out += p v
+    dK dV     wait, barrier   start dO_m    pᵀ from k qᵀ
+              wait, barrier   start Q_m+1   dv += pᵀ dO, dpᵀ = v dOᵀ, dk += dsᵀ q
+    dQ        wait, barrier   start K_n     dp = dO vᵀ
+              wait, barrier   start V_n-1   p from q kᵀ, dq += ds k
 
-The first barrier also says that all warps are done with the tile which the copy overwrites, and so
-does the second. Q_m is needed until the end of its step: it has two buffers, by parity of m.
+Each wait is for the copy that was started one line earlier. Each barrier makes it visible to all
+warps, and says that all are done with the tile which the next copy overwrites. Q_m is needed until
+the end of its step: it has two buffers, by parity of m, and lse_m with it.
 */
 #pragma once
 #include "ptx.cuh"
 
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int ATTENTION_WARPS = 4;
 constexpr int ATTENTION_BLOCK = 32 * ATTENTION_WARPS;
 
@@ -139,26 +146,29 @@ static __device__ inline void attention_mask(float (&s)[MT][NT][4], int first_ro
 
 // ---- tiles ---------------------------------------------------------------------------------
 
-// Starts copying ROWS rows of D elements to shared memory; rows from `valid` on become zeros.
+// Starts copying the rows first .. + ROWS - 1 of a sequence, D columns of each; rows from T on
+// become zeros. The sequence begins at row0 of src, the head at column0.
 template <int ROWS, int D>
-static __device__ inline void attention_load(floatX* tile, const floatX* src, int ld, int valid) {
+static __device__ inline void attention_load(floatX* tile, const floatX* src, int ld, int row0,
+                                             int column0, int first, int T) {
     constexpr int WIDTH = 16 / sizeof(floatX), CHUNKS = D / WIDTH;
     constexpr int STEP = ATTENTION_BLOCK / CHUNKS;     // rows that the block copies at a time
     int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * WIDTH;
     tile += row * (D + 8) + column;
-    src += (size_t)row * ld + column;
+    src += (size_t)(row0 + first + row) * ld + column0 + column;
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP) {
-        cp_async16_zfill(tile + i * (D + 8), src, row + i < valid);
+        cp_async16_zfill(tile + i * (D + 8), src, first + row + i < T);
         src += (size_t)STEP * ld;
     }
 }
 
-// The same for one float per row.
+// The same for one float per row; src is the sequence's.
 template <int ROWS>
-static __device__ inline void attention_load_column(float* column, const float* src, int valid) {
+static __device__ inline void attention_load_column(float* column, const float* src, int first,
+                                                    int T) {
     int row = threadIdx.x;
-    if (row < ROWS) cp_async4_zfill(column + row, src + row, row < valid);
+    if (row < ROWS) cp_async4_zfill(column + row, src + first + row, first + row < T);
 }
 
 // Writes a warp's accumulators, row r times factor[2m + half], to the rows below `valid` of dst.
@@ -253,7 +263,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
     constexpr int KEYS = Tiles::FORWARD_KEYS, LD = Tiles::LD, ROWS = 16 * MT;
     DYN_SMEM(floatX, smem);
     floatX *q_tile = smem, *k_tile = q_tile + QUERIES * LD, *v_tile = k_tile + KEYS * LD;
-    // The last queries see the most keys: their blocks start first, the short ones fill the end.
+    // The last queries of a head see the most keys: they start first, the short ones fill the end.
     int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
     int h = blockIdx.y, H = gridDim.y, b = blockIdx.z;
     int warp_row = warp_index() * ROWS, warp_query = first_query + warp_row;
@@ -263,10 +273,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
     // the start. This holds for every mask in which a query sees itself.
     AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
     int first_key = (range.end - 1) * KEYS;
-    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
-                               T - first_query);
-    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
-                            T - first_key);
+    attention_load<QUERIES, D>(q_tile, q, ldqk, row0, column0, first_query, T);
+    attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
     cp_async_commit();
     float acc[MT][D / 8][4], shift[2 * MT], total[2 * MT];
     attention_zero(acc);
@@ -280,8 +288,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
-                                T - first_key);
+        attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
         cp_async_commit();
         if (view != VIEW_NONE) {
             mma_abt<MT, KEYS / 8, D / 16, LD>(s, q_tile + warp_row * LD, k_tile);
@@ -289,14 +296,13 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         cp_async_wait<0>();
         __syncthreads();
         if (first_key > range.first * KEYS) {
-            attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key - KEYS) * ldqk + column0,
-                                    ldqk, KEYS);
+            attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key - KEYS, T);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;
         // Masks by selection: a NaN in a hidden key must not get through.
         if (view == VIEW_PART) attention_mask<false>(s, warp_query, first_key, -INFINITY);
-        attention_softmax(s, acc, shift, total, scale * 1.44269504f);
+        attention_softmax(s, acc, shift, total, scale * LOG2_E);
         mma_ab<MT, D / 8, KEYS / 16, LD>(acc, s, v_tile);
     }
 
@@ -307,7 +313,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         int t = warp_query + threadIdx.x % 32 / 4 + 8 * r;
         factor[r] = 1 / total[r];
         if (t < T && threadIdx.x % 4 == 0) {
-            lse[((size_t)b * H + h) * T + t] = shift[r] * 0.693147181f + logf(total[r]);
+            lse[((size_t)b * H + h) * T + t] = shift[r] * LN_2 + logf(total[r]);
         }
     }
     attention_store(out + (((size_t)b * T + warp_query) * H + h) * D, H * D, T - warp_query,
@@ -356,13 +362,10 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
     // Queries beyond T are zeros in q, dout, lse and delta: p = 1, ds = 0, nothing is added.
     AttentionRange range = attention_query_tiles(first_key, QUERIES, T);
     int first_query = range.first * QUERIES;
-    attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
-                            T - first_key);
-    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
-                            T - first_key);
-    attention_load<QUERIES, D>(q_tiles, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
-                               T - first_query);
-    attention_load_column<QUERIES>(lse_tiles, lse + first_query, T - first_query);
+    attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
+    attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
+    attention_load<QUERIES, D>(q_tiles, q, ldqk, row0, column0, first_query, T);
+    attention_load_column<QUERIES>(lse_tiles, lse, first_query, T);
     cp_async_commit();
     float dk_acc[MT][D / 8][4], dv_acc[MT][D / 8][4];
     attention_zero(dk_acc);
@@ -376,20 +379,19 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
         float s[MT][NT][4], ds[MT][NT][4];
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0,
-                                   ldout, T - first_query);
-        attention_load_column<QUERIES>(delta_tile, delta + first_query, T - first_query);
+        attention_load<QUERIES, D>(dout_tile, dout, ldout, row0, column0, first_query, T);
+        attention_load_column<QUERIES>(delta_tile, delta, first_query, T);
         cp_async_commit();
         if (view != VIEW_NONE) {
             mma_abt<MT, NT, D / 16, LD>(s, k_tile + warp_row * LD, q_tile);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 const float* l = lse_tile + 8 * n + lane % 4 * 2;
-                float shift[2] = {l[0] * 1.44269504f, l[1] * 1.44269504f};
+                float shift[2] = {l[0] * LOG2_E, l[1] * LOG2_E};
 #pragma unroll
                 for (int i = 0; i < 4 * MT; i++) {
                     float* x = &s[i / 4][n][i % 4];
-                    *x = fast_exp2(scale * 1.44269504f * *x - shift[i % 2]);
+                    *x = fast_exp2(scale * LOG2_E * *x - shift[i % 2]);
                 }
             }
             if (view == VIEW_PART) attention_mask<true>(s, warp_key, first_query, 0.0f);
@@ -397,11 +399,10 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
         cp_async_wait<0>();
         __syncthreads();
         if (m + 1 < range.end) {
-            int next = first_query + QUERIES;
-            attention_load<QUERIES, D>(q_tiles + (parity ^ 1) * QUERIES * LD,
-                                       q + (size_t)(row0 + next) * ldqk + column0, ldqk, T - next);
-            attention_load_column<QUERIES>(lse_tiles + (parity ^ 1) * QUERIES, lse + next,
-                                           T - next);
+            int next = first_query + QUERIES, other = parity ^ 1;
+            attention_load<QUERIES, D>(q_tiles + other * QUERIES * LD, q, ldqk, row0, column0, next,
+                                       T);
+            attention_load_column<QUERIES>(lse_tiles + other * QUERIES, lse, next, T);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;
@@ -451,12 +452,9 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
 
     AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
     int first_key = (range.end - 1) * KEYS;
-    attention_load<QUERIES, D>(q_tile, q + (size_t)(row0 + first_query) * ldqk + column0, ldqk,
-                               T - first_query);
-    attention_load<QUERIES, D>(dout_tile, dout + (size_t)(row0 + first_query) * ldout + column0,
-                               ldout, T - first_query);
-    attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key) * ldv + column0, ldv,
-                            T - first_key);
+    attention_load<QUERIES, D>(q_tile, q, ldqk, row0, column0, first_query, T);
+    attention_load<QUERIES, D>(dout_tile, dout, ldout, row0, column0, first_query, T);
+    attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
     cp_async_commit();
     float acc[MT][D / 8][4], shift[2 * MT], minus[2 * MT];
     attention_zero(acc);
@@ -464,7 +462,7 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
     for (int r = 0; r < 2 * MT; r++) {
         int t = warp_query + threadIdx.x % 32 / 4 + 8 * r;
         size_t i = ((size_t)b * H + h) * T + t;
-        shift[r] = t < T ? lse[i] * 1.44269504f : 0;
+        shift[r] = t < T ? lse[i] * LOG2_E : 0;
         minus[r] = t < T ? delta[i] : 0;
     }
     for (; first_key >= range.first * KEYS; first_key -= KEYS) {
@@ -472,8 +470,7 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
         AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
         cp_async_wait<0>();
         __syncthreads();
-        attention_load<KEYS, D>(k_tile, k + (size_t)(row0 + first_key) * ldqk + column0, ldqk,
-                                T - first_key);
+        attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
         cp_async_commit();
         if (view != VIEW_NONE) {
             mma_abt<MT, NT, D / 16, LD>(ds, dout_tile + warp_row * LD, v_tile);
@@ -481,8 +478,7 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
         cp_async_wait<0>();
         __syncthreads();
         if (first_key > range.first * KEYS) {
-            attention_load<KEYS, D>(v_tile, v + (size_t)(row0 + first_key - KEYS) * ldv + column0,
-                                    ldv, KEYS);
+            attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key - KEYS, T);
         }
         cp_async_commit();
         if (view == VIEW_NONE) continue;
@@ -494,7 +490,7 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int r = 2 * m + i / 2;
-                    float p = fast_exp2(scale * 1.44269504f * s[m][n][i] - shift[r]);
+                    float p = fast_exp2(scale * LOG2_E * s[m][n][i] - shift[r]);
                     ds[m][n][i] = p * (ds[m][n][i] - minus[r]);
                 }
             }

@@ -4,7 +4,7 @@ The PTX of the trainer: one instruction, one function; and the tile products mad
 Each function has two bodies: inline PTX under nvcc, and under g++ an emulation with the same lane
 layouts (host/tensorcore.h). Kernels that are built from these run thread for thread on both.
 
-    cp_async16          cp.async.cg.shared.global 16         copies to shared memory while we compute
+    cp_async16          cp.async.cg.shared.global 16         to shared memory, while we compute
     cp_async16_zfill    the same, zeros where !valid         rows beyond the end
     cp_async4_zfill     cp.async.ca.shared.global 4          single floats
     cp_async_commit     cp.async.commit_group                closes a group of copies
@@ -29,7 +29,8 @@ Products work on a warp's accumulators c[MT][NT][4], MT x NT tiles of 16x8, and 
 in shared memory with LD elements from row to row. LD times the size of floatX must be an odd
 multiple of 16 bytes, so that the eight rows of an ldmatrix fall on eight different bank groups.
     mma_abt   C  = A Bᵀ   A (16 MT, 16 KT) and B (8 NT, 16 KT) in shared memory
-    mma_ab    C += P B    P (16 MT, 16 KT) in accumulators, rounded to floatX; B (16 KT, 8 NT) shared
+    mma_ab    C += P B    P (16 MT, 16 KT) in accumulators, rounded to floatX; B (16 KT, 8 NT) in
+                          shared memory
 In the fp32 build there is no such tensor-core instruction: the same products are made of float
 multiplications in the same layout, to prove the maths of a kernel to 1e-5, not to be fast on a GPU.
 
@@ -156,8 +157,8 @@ static __device__ inline float max_fast(float a, float b) {
 #endif
 }
 
-// The number of the warp in its block, which the compiler then knows to be the same in all lanes: what
-// depends on it alone is computed once per warp and branches on it do not diverge.
+// The number of the warp in its block, which the compiler then knows to be equal in all lanes: what
+// depends on it alone is computed once per warp, and branches on it do not diverge.
 static __device__ inline int warp_index(void) {
 #ifdef __CUDACC__
     return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
@@ -198,13 +199,13 @@ static __device__ inline void quad_sum(float (&v)[R]) {
 // ---- products ------------------------------------------------------------------------------
 
 // Two neighbouring elements; p is aligned to both together.
-static __device__ inline void store2(float* p, float a, float b) {
+static __device__ inline void store2(floatX* p, float a, float b) {
+#ifdef PRECISION_BF16
+    *(uint32_t*)p = pack_bf16(a, b);
+#else
     p[0] = a;
     p[1] = b;
-}
-
-static __device__ inline void store2(bf16* p, float a, float b) {
-    *(uint32_t*)p = pack_bf16(a, b);
+#endif
 }
 
 #ifdef PRECISION_BF16
@@ -280,8 +281,8 @@ static __device__ inline void mma_abt(float (&c)[MT][NT][4], const float* a, con
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float *x = a + (m * 16 + g + i / 2 * 8) * LD,
-                            *y = b + (n * 8 + 2 * t + i % 2) * LD;
+                const float* x = a + (m * 16 + g + i / 2 * 8) * LD;
+                const float* y = b + (n * 8 + 2 * t + i % 2) * LD;
                 float sum = 0;
 #pragma unroll 4
                 for (int k = 0; k < 16 * KT; k++) sum += x[k] * y[k];

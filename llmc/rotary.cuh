@@ -11,8 +11,8 @@ With x = (x1, x2) the two halves of a head and c, s the tables' row of its posit
                           g = 1                                   rotation first
 
 R is a rotation only as far as c² + s² = 1, which tables rounded to bf16 miss by up to 2^-7: hence
-two orders, which differ, and g. (Norm first: with x̂ = rstd x the norm's backward is
-dx = rstd (Rᵀ dy - x̂ mean(Rᵀdy x̂)), and y = R x̂ gives x̂ = Rᵀ y / g and mean(Rᵀdy x̂) = mean(dy y).)
+two orders, which differ, and g. (Norm first: with n = rstd x the norm's backward is
+dx = rstd (Rᵀ dy - n mean(Rᵀdy n)); y = R n gives n = Rᵀ y / g and mean(Rᵀdy n) = mean(dy y).)
 
 qk, dqk   rows of stride ld, ldd: H heads of q, then H heads of k, D columns each; changed in place
 rstd      (N, 2H) fp32, written by forward, read by backward
@@ -130,11 +130,9 @@ static inline void rotary_tables(float* cos, float* sin, int T, int D, float bas
 
 static inline unsigned qknorm_rotary_blocks(const void* p, int N, int T, int H, int D, int ld) {
     REQUIRE(T > 0 && N % T == 0, "rotary needs rows in whole sequences of T, got N=%d T=%d", N, T);
-    REQUIRE(
-        (uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
-        "rotary needs q and k aligned to 16 bytes, in rows of a multiple of 8 and at least 2 H D"
-        " = %d columns; got %p and %d",
-        2 * H * D, p, ld);
+    REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
+            "rotary needs q and k aligned to 16 bytes, got %p, in rows of a multiple of 8 and at "
+            "least 2 H D = %d columns, got %d", p, 2 * H * D, ld);
     return (unsigned)ceil_div((size_t)N * 2 * H * (D / 16), ROTARY_BLOCK);
 }
 

@@ -1,12 +1,12 @@
 /*
 attention: llmc/attention.cuh against oracle.h and golden files.
 
-Every element has its own bound, from the errors that the kernels' roundings may cause, first order, with
-u = 2^-24 and e the rounding of floatX (inputs are rounded before, so they carry none):
+Every element has its own bound, from the errors that the kernels' roundings may cause, first
+order, with u = 2^-24 and e the rounding of floatX (inputs are rounded before, and carry none):
 
     score         u (2 √D + 8) scale Σ|q k|: a sum of D products, taken as a random walk
-    p             η = error of its score + 2 u (|score| + |lse|) + 4e-7 (exp2), relative; e more where p is
-                  rounded to be multiplied
+    p             η = error of its score + 2 u (|score| + |lse|) + 4e-7 (exp2), relative; e more
+                  where p is rounded to be multiplied
     out           Σ p (2 η + e) |v|, and (e + 16 u) |out| for the sum, its division and the store
     lse           η + 4 u |lse|
     delta         Σ|dout| error(out), and 16 u Σ|dout out|
@@ -266,9 +266,9 @@ static void test_attention_repeat(int D) {
     test_attention_input_free(&x);
 }
 
-// A NaN in key 70 of head 1: forward, rows 70.. of that head are NaN and all else is as without it. Backward,
-// every key of the head is seen by such a row; dq of rows before 64, which no tile puts together with
-// key 70, is as without it. (Rows 64..69 are not: 0 times NaN in a product is NaN.)
+// A NaN in key 70 of head 1: forward, rows 70.. of that head are NaN and all else is as without it.
+// Backward, every key of the head is seen by such a row; dq of rows before 64, which no tile puts
+// together with key 70, is as without it. (Rows 64..69 are not: 0 times NaN in a product is NaN.)
 static void test_attention_nan(int D) {
     AttentionCase c = {1, 130, 2, D, 0.12f};
     const int bad = 70;

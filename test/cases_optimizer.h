@@ -398,7 +398,6 @@ static void test_newton_schulz(Matmul* mm) {
     test_ns_diagonal(16, 24, mm);
     test_ns_diagonal(72, 48, mm);
     test_ns_golden("ns_64x64", 64, 64, mm);
-    test_ns_golden("ns_128x512", 128, 512, mm);
     test_ns_golden("ns_lowrank_96x256", 96, 256, mm);
     test_ns_golden("ns_zero", 16, 48, mm);
 }
@@ -594,12 +593,8 @@ static void test_muon(Matmul* mm) {
     if (FLOATX_IS_BF16) return;    // the golden NS is float
     test_muon_golden("sq", 1, 64, 64, true, mm);
     test_muon_golden("sq", 1, 64, 64, false, mm);
-    test_muon_golden("wide", 1, 48, 192, true, mm);
-    test_muon_golden("wide", 1, 48, 192, false, mm);
     test_muon_golden("tall", 1, 192, 48, true, mm);
     test_muon_golden("tall", 1, 192, 48, false, mm);
-    test_muon_golden("qkv", 3, 64, 64, true, mm);     // three matrices that lie one below the other
-    test_muon_golden("qkv", 3, 64, 64, false, mm);
 }
 
 static void test_optimizer(void) {

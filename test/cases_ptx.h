@@ -10,9 +10,9 @@ every result is exact in both precisions and any lane or element out of place sh
 
 // ---- asynchronous copies -------------------------------------------------------------------
 
-// Every thread copies 16 bytes in each of three groups, the third one zero-filled for odd threads,
-// and one float more in the third, zero-filled for even threads. seen[3][...] holds, before any wait and
-// after each of two, what the thread's first two copies look like to itself.
+// Every thread copies 16 bytes in each of three groups, zero-filled in the third for odd threads, and
+// a float besides in the third, zero-filled for even threads. seen holds, before any wait and after
+// each of two, what a word of two of its copies looks like to the thread itself.
 static __global__ void ptx_copy_kernel(uint32_t* out, uint32_t* seen, const uint32_t* in) {
     DYN_SMEM(uint32_t, s);
     int i = threadIdx.x, n = blockDim.x;
@@ -70,7 +70,8 @@ static void test_ptx_copies(void) {
 
 // ---- instructions --------------------------------------------------------------------------
 
-// Four 8x8 matrices, rows 48 bytes apart: element (row, column) of matrix j is 64 j + 8 row + column.
+// Four 8x8 matrices in rows 48 bytes apart; element (row, column) of matrix j is
+// 64 j + 8 row + column.
 static __global__ void ptx_ldmatrix_kernel(uint32_t* out) {
     DYN_SMEM(uint16_t, s);
     int lane = threadIdx.x;
@@ -87,8 +88,8 @@ static void test_ptx_ldmatrix(void) {
     uint32_t want[256], got[256], *out;
     for (int L = 0; L < 32; L++) {
         for (int j = 0; j < 4; j++) {
-            uint32_t straight = 64 * j + 8 * (L / 4) + L % 4 * 2;        // row L/4, columns 2(L%4), + 1
-            uint32_t across = 64 * j + 8 * (L % 4 * 2) + L / 4;          // rows 2(L%4), + 1, column L/4
+            uint32_t straight = 64 * j + 8 * (L / 4) + L % 4 * 2;    // row L/4, columns 2(L%4), +1
+            uint32_t across = 64 * j + 8 * (L % 4 * 2) + L / 4;      // rows 2(L%4), +1, column L/4
             want[8 * L + j] = straight | (straight + 1) << 16;
             want[8 * L + 4 + j] = across | (across + 8) << 16;
         }
@@ -203,8 +204,8 @@ static void test_ptx_quads(void) {
 
 // ---- products ------------------------------------------------------------------------------
 
-// c (16 MT, 8 NT) = a (16 MT, 16 KT) bᵀ, then d += c/4096 e with e (8 NT, 8 OT): each warp of two does
-// its own copy of the tiles, so that it cannot live on the other one's registers.
+// c (16 MT, 8 NT) = a (16 MT, 16 KT) bᵀ, then d += p e with e (8 NT, 8 OT) and a p made from the
+// layout of the accumulators. Two warps each have their own copy of the tiles.
 template <int MT, int NT, int KT, int OT, int LD>
 static __global__ void ptx_product_kernel(float* c, float* d, const floatX* a, const floatX* b,
                                           const floatX* e) {
@@ -212,11 +213,10 @@ static __global__ void ptx_product_kernel(float* c, float* d, const floatX* a, c
     constexpr int ROWS = 16 * MT + 8 * NT + 8 * NT;
     int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
     floatX *a_s = smem + warp * ROWS * LD, *b_s = a_s + 16 * MT * LD, *e_s = b_s + 8 * NT * LD;
-    for (int i = lane; i < 16 * MT * 16 * KT; i += 32)
-        a_s[i / (16 * KT) * LD + i % (16 * KT)] = a[i];
-    for (int i = lane; i < 8 * NT * 16 * KT; i += 32)
-        b_s[i / (16 * KT) * LD + i % (16 * KT)] = b[i];
-    for (int i = lane; i < 8 * NT * 8 * OT; i += 32) e_s[i / (8 * OT) * LD + i % (8 * OT)] = e[i];
+    constexpr int K = 16 * KT, O = 8 * OT;
+    for (int i = lane; i < 16 * MT * K; i += 32) a_s[i / K * LD + i % K] = a[i];
+    for (int i = lane; i < 8 * NT * K; i += 32) b_s[i / K * LD + i % K] = b[i];
+    for (int i = lane; i < 8 * NT * O; i += 32) e_s[i / O * LD + i % O] = e[i];
     __syncthreads();
     float x[MT][NT][4], y[MT][OT][4];
     mma_abt<MT, NT, KT, LD>(x, a_s, b_s);

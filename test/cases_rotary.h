@@ -1,10 +1,11 @@
 /*
 rotary: llmc/rotary.cuh against oracle.h and golden files.
 
-Allowed, with u = 2^-24 and e the rounding of floatX. Forward: rstd comes from a sum of D <= 128 squares in
-16 + 3 additions and a root, 13 u; each element takes 3 roundings more and the one to floatX. Backward
-is measured against the oracle's gradient at x, while the kernel starts from y as stored: each y is off by
-e |y|, and so is the mean of dy y by e mean|dy y|; with |c| + |s| <= 1.5 that is 3 e of the larger term.
+Allowed, with u = 2^-24 and e the rounding of floatX. Forward: rstd comes from a sum of D <= 128
+squares in 16 + 3 additions and a root, 13 u; each element takes 3 roundings more and the one to
+floatX. Backward is measured against the oracle's gradient at x, while the kernel starts from y as
+stored: each y is off by e |y|, and so is the mean of dy y by e mean|dy y|; with |c| + |s| <= 1.5
+that is 3 e of the larger term.
 */
 #pragma once
 #include "../llmc/rotary.cuh"
@@ -136,9 +137,8 @@ static double* test_rotary_read(const SafeFile* f, int n, const char* format, co
     return x;
 }
 
-// The rotation alone: forward divided by rstd, and backward with y = 0 and rstd = 1. (B, T, H, D) =
-// (2, 40, 3, D) of the file are read as rows of one head of q and one of k: positions change every
-// third head, so the tables are repeated row by row.
+// The rotation alone: forward divided by rstd, and backward with y = 0 and rstd = 1. The file's
+// (B, T, H, D) = (2, 40, 3, D) are taken as q, and again as k.
 static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
     enum { B = 2, T = 40, H = 3 };
     const double u = 0x1p-24;
@@ -151,7 +151,6 @@ static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
     double *dx = test_rotary_read(f, n, "rot.%s.D%d.dx", set, D);
     double largest = 0;
     for (int i = 0; i < n; i++) largest = fmax(largest, 1.5 * fmax(fabs(x[i]), fabs(dy[i])));
-    // twice the heads: those of the file as q, and again as k
     double *qk = test_doubles(2 * n), *dqk = test_doubles(2 * n), *ones = test_doubles(2 * heads);
     for (int row = 0; row < B * T; row++) {
         for (int i = 0; i < 2 * H * D; i++) {
@@ -188,8 +187,8 @@ static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
     cudaFree(rstd_d), cudaFree(ones_d);
 }
 
-// The file's tables come from a power and cosines in float: its frequencies may be 1 ulp, 2^-23, away from
-// ours and its cosines another. Rounded to bf16 almost all are equal.
+// The file's tables come from a power and cosines in float: its frequencies may be 1 ulp, 2^-23, away
+// from ours and its cosines another. Rounded to bf16 almost all are equal.
 static void test_rotary_golden_tables(const SafeFile* f, int D) {
     int T = 1024, half = D / 2;
     float *c = test_floats(T * half), *s = test_floats(T * half);
@@ -214,8 +213,8 @@ static void test_rotary_golden_tables(const SafeFile* f, int D) {
     free(c), free(s), free(first), free(c_last), free(s_last), free(rounded);
 }
 
-// The norm alone: cos 1, sin 0. 24 rows of the file are 12 rows of a head of q and one of k; row 3 is tiny,
-// row 4 zero.
+// The norm alone: cos 1, sin 0. 24 rows of the file are 12 rows of a head of q and one of k; row 3 is
+// tiny, row 4 zero.
 static void test_rotary_golden_norm(const SafeFile* f, const char* set, int D, float eps) {
     const double u = 0x1p-24;
     int n = 24 * D;

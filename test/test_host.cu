@@ -8,6 +8,7 @@ schedules and with several workers; every error, by running this program again o
 #define PLANTED_NO_MAIN
 #include "planted.cu"
 #include <cuda_fp8.h>
+#include <pthread.h>
 #include <initializer_list>
 #include <sys/wait.h>
 #include "test.h"
@@ -559,14 +560,14 @@ template <class T> static void test_fp8_of(const char* name, int finite, float l
     test_check(name, wrong, 0);
 }
 
-static __global__ void math_kernel(float* out) {
+static __global__ void math_kernel(float* out, float above, float below) {
     out[0] = fmaxf(NAN, 2.0f);
     out[1] = fminf(3.0f, NAN);
     out[2] = rsqrtf(16.0f);
     out[3] = __fdividef(1.0f, 8.0f);
     out[4] = __frcp_rn(3.0f);
-    out[5] = __fmaf_rn(1.0f + 0x1p-23f, 1.0f - 0x1p-23f, -1.0f);    // -2^-46: rounded only once
-    out[6] = __fmul_rn(1.0f + 0x1p-23f, 1.0f - 0x1p-23f) - 1.0f;    // 0: rounded before
+    out[5] = __fmaf_rn(above, below, -1.0f);        // -2^-46: rounded only once
+    out[6] = __fmul_rn(above, below) - 1.0f;        // 0: rounded before the subtraction
     out[7] = __saturatef(NAN);
     out[8] = __uint_as_float(__float_as_uint(-1.5f) & 0x7fffffffu);
     out[9] = (float)(__popc(0xf0f0u) + __clz(1) + __ffs(8) + (int)__umulhi(1u << 31, 6));
@@ -598,7 +599,7 @@ static void test_numbers(void) {
                                            fast_exp2(128.0f) == INFINITY && isnan(fast_exp2(NAN)) &&
                                            isnan(fast_exp2(float_of(0xffffffffu))));
     float* out = floats(12);
-    launch<math_kernel>(1, 1, 0, 0, out);
+    launch<math_kernel>(1, 1, 0, 0, out, 1.0f + 0x1p-23f, 1.0f - 0x1p-23f);
     const float want[] = {2, 3, 0.25f, 0.125f, 1.0f / 3.0f, -0x1p-46f, 0, 0, 1.5f,
                           8 + 31 + 4 + 3, 9, 2147483648.0f};
     int wrong = 0;
@@ -753,8 +754,10 @@ static void test_memory(void) {
     test_true("more than there is", cudaMalloc(&q, (size_t)1 << 60) == cudaErrorMemoryAllocation);
     test_true("not an allocation", cudaFree(p + 256) == cudaErrorInvalidValue);
     cudaGetLastError();
-    fflush(stderr);
     CUDA_CHECK(cudaFree(p));
+    CUDA_CHECK(cudaMalloc(&p, 1));
+    CUDA_CHECK(cudaFree(p));
+    test_true("the peak stays", host_peak_bytes() == 100 + peak);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     test_true("cudaMemGetInfo", free_bytes > 0 && free_bytes <= total_bytes);
@@ -767,7 +770,31 @@ static void count_item(void* ctx, int i) {
     __atomic_fetch_add((int*)ctx + i, 1, __ATOMIC_RELAXED);
 }
 
+struct Seen {
+    pthread_t thread[16];
+    int threads;
+    pthread_mutex_t mutex;
+};
+
+static void see_thread(void* ctx, int i) {
+    Seen* seen = (Seen*)ctx;
+    volatile int work = i;
+    for (int k = 0; k < 5000; k++) work = work + 1;     // long enough for others to join
+    pthread_mutex_lock(&seen->mutex);
+    bool known = false;
+    for (int k = 0; k < seen->threads; k++) known |= seen->thread[k] == pthread_self();
+    if (!known) seen->thread[seen->threads++] = pthread_self();
+    pthread_mutex_unlock(&seen->mutex);
+}
+
 static void test_pool(void) {
+    for (int workers = 5; workers >= 1; workers--) {
+        Seen seen = {};
+        pthread_mutex_init(&seen.mutex, NULL);
+        host_set_threads(workers);
+        for (int i = 0; i < 5; i++) host_parallel_for(300, see_thread, &seen);
+        test_true("no more OS threads than asked for", seen.threads >= 1 && seen.threads <= workers);
+    }
     static int count[1000];
     for (int workers = 1; workers <= 4; workers++) {
         host_set_threads(workers);

@@ -292,7 +292,7 @@ HOST_NOSAN static inline void host_gather(host_v16 (*xt)[MT], const float* const
     for (int m = 0; m < MT; m++) {
         for (int n = 0; n < NT; n++) {
             for (int t = 0; t < 4; t++) {
-                host_v16 low, high;            // lanes g = 0..3 and 4..7 of this t, four floats each
+                host_v16 low, high;            // lanes g = 0..3 and 4..7 of this t, four floats of 
                 for (int g = 0; g < 4; g++) {
                     memcpy((float*)&low + 4 * g, x[4 * g + t] + (m * NT + n) * 4, 16);
                     memcpy((float*)&high + 4 * g, x[4 * g + 16 + t] + (m * NT + n) * 4, 16);
