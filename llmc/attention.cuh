@@ -155,11 +155,12 @@ static __device__ inline void attention_load(floatX* tile, const floatX* src, in
     constexpr int STEP = ATTENTION_BLOCK / CHUNKS;     // rows that the block copies at a time
     int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * WIDTH;
     tile += row * (D + 8) + column;
-    src += (size_t)(row0 + first + row) * ld + column0 + column;
+    src += (size_t)row0 * ld + column0;
+    unsigned offset = (unsigned)(first + row) * ld + column;       // 32 bits: registers are scarce
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP) {
-        cp_async16_zfill(tile + i * (D + 8), src, first + row + i < T);
-        src += (size_t)STEP * ld;
+        cp_async16_zfill(tile + i * (D + 8), src + offset, first + row + i < T);
+        offset += STEP * ld;
     }
 }
 
@@ -508,10 +509,12 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
 
 // ---- launchers -----------------------------------------------------------------------------
 
-static inline void attention_check(const void* p, const char* name, int ld) {
+static inline void attention_check(const void* p, const char* name, int ld, int T) {
     REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0,
             "attention needs %s aligned to 16 bytes with a stride divisible by 8, got %p and %d",
             name, p, ld);
+    REQUIRE(((size_t)T + 128) * ld <= UINT32_MAX,
+            "attention needs T times the stride of %s below 2^32, got %d and %d", name, T, ld);
 }
 
 template <int D>
@@ -529,10 +532,10 @@ static inline void attention_forward(floatX* out, float* lse, const floatX* q, c
                                      float scale, cudaStream_t stream) {
     REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
     REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
-    attention_check(out, "out", 8);
-    attention_check(q, "q", ldqk);
-    attention_check(k, "k", ldqk);
-    attention_check(v, "v", ldv);
+    attention_check(out, "out", H * D, T);
+    attention_check(q, "q", ldqk, T);
+    attention_check(k, "k", ldqk, T);
+    attention_check(v, "v", ldv, T);
     if (D == 32) {
         attention_forward_dim<32>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
     } else if (D == 64) {
@@ -570,14 +573,14 @@ static inline void attention_backward(floatX* dq, floatX* dk, floatX* dv, float*
                                       float scale, cudaStream_t stream) {
     REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
     REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
-    attention_check(dout, "dout", 8);
-    attention_check(out, "out", 8);
-    attention_check(q, "q", ldqk);
-    attention_check(k, "k", ldqk);
-    attention_check(v, "v", ldv);
-    attention_check(dq, "dq", lddqk);
-    attention_check(dk, "dk", lddqk);
-    attention_check(dv, "dv", lddv);
+    attention_check(dout, "dout", H * D, T);
+    attention_check(out, "out", H * D, T);
+    attention_check(q, "q", ldqk, T);
+    attention_check(k, "k", ldqk, T);
+    attention_check(v, "v", ldv, T);
+    attention_check(dq, "dq", lddqk, T);
+    attention_check(dk, "dk", lddqk, T);
+    attention_check(dv, "dv", lddv, T);
     if (D == 32) {
         attention_backward_dim<32>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
                                    lddqk, lddv, scale, stream);

@@ -290,6 +290,10 @@ static int planted_main(const char* name) {
         launch<planted_async_kernel>(PLANTED_BLOCKS, PLANTED_BLOCK, shared, 0, out, in, waits);
         wrong |= planted_wrong(out, in, n, PLANTED_BLOCK - 1);
     }
+    if (!strcmp(name, "leak")) {
+        float* lost;
+        CUDA_CHECK(cudaMalloc(&lost, bytes));
+    }
     if (PLANTED("streams")) wrong |= planted_streams(!none);
     if (none) {
         launch<planted_plain_kernel>(dim3(2, 3, 4), dim3(8, 4, 2), 232448, 0, out);

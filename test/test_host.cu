@@ -13,7 +13,11 @@ schedules and with several workers; every error, by running this program again o
 #include <sys/wait.h>
 #include "test.h"
 
+#ifdef HOST_TSAN        // a hundred times slower
+static const char* const SCHEDULES[] = {"depth", "reverse", "7"};
+#else
 static const char* const SCHEDULES[] = {"depth", "reverse", "breadth", "1", "2", "3", "12345"};
+#endif
 enum { SCHEDULE_COUNT = sizeof(SCHEDULES) / sizeof(SCHEDULES[0]) };
 
 // Device memory is host memory here; a test build for a GPU would have to copy.
@@ -98,7 +102,7 @@ static void test_schedules(void) {
             CUDA_CHECK(cudaMemset(got, 0xff, n * sizeof(float)));
             launch<mixture_kernel>(blocks, threads, (threads + 32) * 4, 0, got, 5);
             char name[80];
-            snprintf(name, sizeof name, "%d workers, schedule %s: same bits", workers, SCHEDULES[s]);
+            snprintf(name, sizeof name, "%d workers, schedule %s", workers, SCHEDULES[s]);
             test_true(name, memcmp(want, got, n * sizeof(float)) == 0);
         }
     }
@@ -399,7 +403,7 @@ static __global__ void atomics_kernel(Atomics* a) {
     atomicAdd(&a->sum, 1.0f);               // whole numbers: exact in any order
     atomicAdd(&a->dsum, 0.5);
     atomicXor(&a->exchanged, (unsigned)i);
-    unsigned seen = atomicAdd(&a->locked, 0u), old;     // a loop as programs write it for what has no atomic
+    unsigned seen = atomicAdd(&a->locked, 0u), old;     // for what has no atomic of its own
     do {
         old = seen;
         seen = atomicCAS(&a->locked, old, old + 3);
@@ -421,7 +425,8 @@ static void test_atomics(void) {
     for (int i = 0; i < n; i++) x ^= (unsigned)i;
     test_true("add, sub", a->add == n * (n - 1) / 2 && a->sub == -2 * n && a->count == (unsigned)n);
     test_true("max, min", a->max == n - 1 && a->min == 1 - n && a->low == 5000u - n + 1);
-    test_true("or, and, xor", a->either == 0x7fffffff && a->all == 0xffff0000u && a->exchanged == x);
+    test_true("or, and", a->either == 0x7fffffff && a->all == 0xffff0000u);
+    test_true("xor", a->exchanged == x);
     test_true("64 bits", a->wide == (unsigned long long)n << 33 &&
                              a->widest == (unsigned long long)(n - 1) << 20);
     test_true("float, double", a->sum == (float)n && a->dsum == 0.5 * n);
@@ -524,7 +529,8 @@ static void test_bf16(void) {
         a.__x = (uint16_t)high;
         float x = a;
         operators += bf16_want(x * (float)b) != (a * b).__x || (a < b) != (x < (float)b);
-        operators += bf16_want(x + (float)b) != (a + b).__x || bits_of(-a) != (bits_of(x) ^ 0x80000000u);
+        operators += bf16_want(x + (float)b) != (a + b).__x;
+        operators += bits_of(-a) != (bits_of(x) ^ 0x80000000u);
     }
     test_check("float to bf16, at and around halfway", wrong, 0);
     test_check("bf16 to float and back", round_trip, 0);
@@ -535,7 +541,8 @@ static void test_bf16(void) {
     uint32_t word;
     memcpy(&word, &pair, 4);
     test_true("pairs: the first is the low half", two.x == 1 && two.y == -2 && word == 0xc0003f80u);
-    test_true("round_bf16", round_bf16(1.00390625f) == 1.0f && round_bf16(1.01171875f) == 1.015625f);
+    test_true("round_bf16 down", round_bf16(1.00390625f) == 1.0f);
+    test_true("round_bf16 up", round_bf16(1.01171875f) == 1.015625f);
 }
 
 template <class T> static void test_fp8_of(const char* name, int finite, float largest) {
@@ -554,7 +561,8 @@ template <class T> static void test_fp8_of(const char* name, int finite, float l
         float middle = 0.5f * (x + (float)high);            // exact: few bits
         int even = code % 2 ? code + 1 : code;
         wrong += !((float)high > x) || T(middle).__x != even;
-        wrong += T(nextafterf(middle, 0)).__x != code || T(nextafterf(middle, 1e9f)).__x != code + 1;
+        wrong += T(nextafterf(middle, 0)).__x != code;
+        wrong += T(nextafterf(middle, 1e9f)).__x != code + 1;
     }
     wrong += !isnan((float)T(NAN)) || T(NAN).__x != 0x7f;
     test_check(name, wrong, 0);
@@ -638,9 +646,9 @@ static void test_query(void) {
     CUDA_CHECK(cudaEventDestroy(end));          // while it is on its way
     CUDA_CHECK(cudaDeviceSynchronize());
     cudaGetLastError();
-    test_true("a bad handle is an error", cudaStreamDestroy(NULL) == cudaErrorInvalidResourceHandle &&
-                                              cudaGetLastError() == cudaErrorInvalidResourceHandle &&
-                                              cudaGetLastError() == cudaSuccess);
+    const cudaError_t bad = cudaErrorInvalidResourceHandle;
+    test_true("a bad handle is an error", cudaStreamDestroy(NULL) == bad);
+    test_true("which is kept once", cudaGetLastError() == bad && cudaGetLastError() == cudaSuccess);
     CUDA_CHECK(cudaEventDestroy(start));
     CUDA_CHECK(cudaStreamDestroy(s));
     CUDA_CHECK(cudaFree(x));
@@ -793,7 +801,7 @@ static void test_pool(void) {
         pthread_mutex_init(&seen.mutex, NULL);
         host_set_threads(workers);
         for (int i = 0; i < 5; i++) host_parallel_for(300, see_thread, &seen);
-        test_true("no more OS threads than asked for", seen.threads >= 1 && seen.threads <= workers);
+        test_true("not more OS threads than asked", 1 <= seen.threads && seen.threads <= workers);
     }
     static int count[1000];
     for (int workers = 1; workers <= 4; workers++) {
@@ -882,6 +890,7 @@ static void test_planted(void) {
     expect_bug(e, "misaligned", 70, "misaligned vector access", "planted_misaligned_kernel");
     expect_bug(e, "async_none", 70, "pending cp.async", "planted_async_kernel");
     expect_bug(e, "async_weak", 1, "wrong numbers", "");
+    expect_bug("HOST_LEAKS=1", "leak", 70, "leak: 2048 bytes from cudaMalloc call 3", "");
     expect_bug("HOST_SCHED=x7", "blocks", 70, "HOST_SCHED is 'x7'", "");
     expect_bug("HOST_THREADS=0", "none", 70, "HOST_THREADS is '0'", "");
     expect_bug("HOST_STREAMS=later", "none", 70, "HOST_STREAMS is 'later'", "");

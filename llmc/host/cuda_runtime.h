@@ -234,7 +234,8 @@ template <class T> HOST_INLINE T __shfl_sync(unsigned mask, T v, int source, int
     unsigned lane = host_self->lane, w = (unsigned)width - 1;
     return host_shuffle_from(mask, v, (lane & ~w) | ((unsigned)source & w), "__shfl_sync");
 }
-template <class T> HOST_INLINE T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
+template <class T>
+HOST_INLINE T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
     unsigned lane = host_self->lane, first = lane & ~((unsigned)width - 1);
     return host_shuffle_from(mask, v, lane - first >= delta ? lane - delta : lane,
                              "__shfl_up_sync");

@@ -22,7 +22,7 @@ __shared__ arrays.
 Test: test/test_host.cu, test/planted.cu
 */
 #ifdef __SANITIZE_THREAD__
-#error "compile engine.cpp without -fsanitize=thread, with -DHOST_TSAN: it is what TSan is told about"
+#error "compile engine.cpp without -fsanitize=thread but with -DHOST_TSAN: it tells TSan what is"
 #endif
 #include "engine.h"
 #include "fiber.h"

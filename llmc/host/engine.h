@@ -17,7 +17,9 @@ Order of execution (environment HOST_SCHED):
     reverse           last thread and last block first
     breadth           round robin over all threads that can run
     <seed>            random, a function of the seed and the block alone
-Results do not depend on HOST_THREADS (default: all CPUs): blocks are independent.
+Other environment variables: HOST_THREADS=n workers (default: all CPUs; results do not depend on it,
+blocks are independent), HOST_STREAMS=lazy and HOST_LEAKS=1 (runtime.cpp), HOST_INTERBLOCK=1
+(engine.cpp).
 
 Sanitizers: define HOST_ASAN or HOST_TSAN (or let -fsanitize do it) in every file alike. engine.cpp
 is best compiled without -fsanitize, runtime.cpp either way. Sanitizer builds use one worker.

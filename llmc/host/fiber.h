@@ -2,16 +2,17 @@
 Stacks and the switch between them; included by engine.cpp alone.
 
 A switch saves what the System V ABI says a call preserves, and nothing else. Stack tops are offset
-by 64-byte steps: equal tops would share the same few sets of the L1 cache, at nearly half the speed.
-Below each stack lies a guard page, as long as the system allows one more mapping.
+by 64-byte steps: equal tops would share the same few sets of the L1 cache, at half the speed. Below
+each stack lies a guard page, as long as the system allows one more mapping.
 
 The functions that kernels call often (host_*_switch) are written around their C halves
 (host_*_arrive), which say from which fiber to which to go, or null to return. After a switch the
 stub leaves by an indirect jump and not by ret: the address is another thread's, which the CPU's
 stack of return addresses would mispredict each time; that is 10 instead of 27 ns per barrier.
 
-Sanitizers have to be told before and after each switch, so their builds use no stubs. -DHOST_UCONTEXT
-takes swapcontext in place of the assembly, as CPUs other than x86-64 do; it is 20 times slower.
+Sanitizers have to be told before and after each switch, so their builds use no stubs.
+-DHOST_UCONTEXT takes swapcontext in place of the assembly, as CPUs other than x86-64 do; it is 20
+times slower.
 */
 #pragma once
 #include <pthread.h>
