@@ -63,20 +63,26 @@ static void (*probe)(const char* name, int layer, const floatX* tensor, int rows
 // The words of the flags are the enums of the kernels.
 static_assert((int)FLAG_SOFTCAP_NONE == SOFTCAP_NONE && (int)FLAG_SOFTCAP_TANH == SOFTCAP_TANH &&
               (int)FLAG_SOFTCAP_SIGMOID == SOFTCAP_SIGMOID, "--softcap and SoftcapKind differ");
-static_assert((int)FLAG_MUON_SCALE_MAX_DIM == MUON_SCALE_MAX_DIM && (int)FLAG_MUON_FORM_LERP == MUON_FORM_LERP,
+static_assert((int)FLAG_MUON_SCALE_MAX_DIM == MUON_SCALE_MAX_DIM &&
+                  (int)FLAG_MUON_FORM_LERP == MUON_FORM_LERP,
               "--muon-scale or --muon-form and the enums of muon.cuh differ");
 
 enum { MAX_LAYERS = 64, GPT2_END = 50256 };   // GPT2_END: end of text in GPT-2's vocabulary
 
 // ---- parameters: the model is data ------------------------------------------------------------
 
-// A bank is a run of equal-shape tensors in memory, and the unit of everything that is not forward or
-// backward: allocation, optimizer, checkpoint. The four square matrices of a layer lie side by
-// side, so that Q, K and V are one (3C, C) matrix to the matmul and 4L problems of one shape to Muon.
-typedef enum { BANK_EMBED, BANK_HEAD, BANK_ATTN, BANK_MLP, BANK_LAMBDAS, BANK_LAMB, BANK_SKIP, BANKS } BankId;
+// A bank is a run of equal-shape tensors in memory, and the unit of everything that is not forward
+// or backward: allocation, optimizer, checkpoint. The four square matrices of a layer lie side by
+// side, so that Q, K and V are one (3C, C) matrix to the matmul and 4L problems of one shape to
+// Muon.
+typedef enum {
+    BANK_EMBED, BANK_HEAD, BANK_ATTN, BANK_MLP, BANK_LAMBDAS, BANK_LAMB, BANK_SKIP, BANKS
+} BankId;
 typedef enum { SIZE_1, SIZE_2, SIZE_C, SIZE_F, SIZE_V, SIZE_HALF_L } Size;
-typedef enum { INIT_ZERO, INIT_ONE, INIT_HALF, INIT_ONE_ZERO, INIT_FAN_IN, INIT_EMBED, INIT_HEAD } Init;
-typedef enum { ALWAYS, UNTIED, X0_MIX, VALUE_RESIDUAL, SKIPS } Feature;
+typedef enum {
+    INIT_ZERO, INIT_ONE, INIT_HALF, INIT_ONE_ZERO, INIT_FAN_IN, INIT_EMBED, INIT_HEAD
+} Init;
+typedef enum { ALWAYS, UNTIED, X0_MIX, VALUE_MIX, SKIPS } Feature;
 typedef enum { TABLE, MATRIX, SCALAR } Kind;    // TABLE, SCALAR: AdamW. MATRIX: Muon
 
 typedef struct ParamRow {
@@ -89,75 +95,78 @@ typedef struct ParamRow {
     Feature needs;
 } ParamRow;
 
-typedef enum { WTE, LM_HEAD, ATTN_Q, ATTN_K, ATTN_V, ATTN_PROJ, MLP_FC, MLP_PROJ, LAMBDAS, LAMB, SKIP_WEIGHTS,
-               PARAMS } ParamId;
+typedef enum {
+    WTE, LM_HEAD, ATTN_Q, ATTN_K, ATTN_V, ATTN_PROJ, MLP_FC, MLP_PROJ, LAMBDAS, LAMB, SKIP_WEIGHTS,
+    PARAMS
+} ParamId;
 
 static const ParamRow PARAM_TABLE[PARAMS] = {
-    // name                         bank      slot  rows    cols  transposed  init         needs
-    {"wte.weight",                  BANK_EMBED,   0, SIZE_V, SIZE_C,      0, INIT_EMBED,    ALWAYS},
-    {"lm_head.weight",              BANK_HEAD,    0, SIZE_V, SIZE_C,      0, INIT_HEAD,     UNTIED},
-    {"h.%d.attn.c_q.weight",        BANK_ATTN,    0, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
-    {"h.%d.attn.c_k.weight",        BANK_ATTN,    1, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
-    {"h.%d.attn.c_v.weight",        BANK_ATTN,    2, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
-    {"h.%d.attn.c_proj.weight",     BANK_ATTN,    3, SIZE_C, SIZE_C,      0, INIT_ZERO,     ALWAYS},
-    {"h.%d.mlp.c_fc.weight",        BANK_MLP,     0, SIZE_F, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
-    {"h.%d.mlp.c_proj.weight",      BANK_MLP,     1, SIZE_C, SIZE_F,      1, INIT_ZERO,     ALWAYS},
-    {"h.%d.lambdas",                BANK_LAMBDAS, 0, SIZE_1, SIZE_2,      0, INIT_ONE_ZERO, X0_MIX},
-    {"h.%d.attn.lamb",              BANK_LAMB,    0, SIZE_1, SIZE_1,      0, INIT_HALF,     VALUE_RESIDUAL},
-    {"skip_weights",                BANK_SKIP,    0, SIZE_1, SIZE_HALF_L, 0, INIT_ONE,      SKIPS},
+    // name                     bank    slot  rows    cols   transposed init     needs
+    {"wte.weight",              BANK_EMBED,   0, SIZE_V, SIZE_C,      0, INIT_EMBED,    ALWAYS},
+    {"lm_head.weight",          BANK_HEAD,    0, SIZE_V, SIZE_C,      0, INIT_HEAD,     UNTIED},
+    {"h.%d.attn.c_q.weight",    BANK_ATTN,    0, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_k.weight",    BANK_ATTN,    1, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_v.weight",    BANK_ATTN,    2, SIZE_C, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.attn.c_proj.weight", BANK_ATTN,    3, SIZE_C, SIZE_C,      0, INIT_ZERO,     ALWAYS},
+    {"h.%d.mlp.c_fc.weight",    BANK_MLP,     0, SIZE_F, SIZE_C,      0, INIT_FAN_IN,   ALWAYS},
+    {"h.%d.mlp.c_proj.weight",  BANK_MLP,     1, SIZE_C, SIZE_F,      1, INIT_ZERO,     ALWAYS},
+    {"h.%d.lambdas",            BANK_LAMBDAS, 0, SIZE_1, SIZE_2,      0, INIT_ONE_ZERO, X0_MIX},
+    {"h.%d.attn.lamb",          BANK_LAMB,    0, SIZE_1, SIZE_1,      0, INIT_HALF,     VALUE_MIX},
+    {"skip_weights",            BANK_SKIP,    0, SIZE_1, SIZE_HALF_L, 0, INIT_ONE,      SKIPS},
 };
 
 typedef struct Bank {
     Kind kind;
-    int bf16;               // the recipe keeps value and optimizer state in bf16, without a finer master
+    int bf16;               // the recipe keeps value and optimizer state in bf16
     int slots, copies;      // tensors per layer (or 1), tensors in all
     int rows, cols;         // shape in memory of each
     size_t stride, n;       // elements from one tensor to the next (a multiple of 8), and in all
     floatX* p;              // what forward and backward read
-    float* master;          // fp32 value behind p: p itself in the fp32 build, NULL for tables kept in bf16
+    float* master;          // fp32 value behind p: p itself in the fp32 build, NULL for bf16 tables
     float *g, *m, *v;       // gradient, first moment (Muon: momentum), second moment (AdamW only)
 } Bank;
 
 // ---- activations ------------------------------------------------------------------------------
 
-// Every buffer of forward and backward, once. Rows marked `saved` live from forward to backward; the
-// others are scratch. What backward can rebuild cheaply is not saved: the input of ReLU² (the root
-// of its output), the mixed values, the residual stream unless a recipe trains its mixing weights.
-//     type    name      copies              elements       saved  content
-#define ACTS(A)                                                                                                   \
-    A(floatX,  emb,      cfg->embed_norm,    N * C,         0)   /* wte[token], before its norm */                \
-    A(float,   emb_rstd, cfg->embed_norm,    N,             1)                                                    \
-    A(floatX,  x,        streams,            N * C,         1)   /* stream entering layer l; x[L] after the last */ \
-    A(floatX,  mid,      1,                  N * C,         0)   /* stream inside a layer */                      \
-    A(floatX,  skip_out, cfg->skips,         N * C,         1)   /* output of layer L/2-1: source of the first skip */ \
-    A(floatX,  ln1,      L,                  N * C,         1)                                                    \
-    A(float,   ln1_rstd, L,                  N,             1)                                                    \
-    A(floatX,  qkv,      L,                  N * 3 * C,     1)   /* q, k normed and rotated; v as projected */    \
-    A(float,   qk_rstd,  L,                  N * 2 * H,     1)                                                    \
-    A(floatX,  v,        cfg->value_residual, N * C,        0)   /* v mixed with layer 0's */                     \
-    A(floatX,  att,      L,                  N * C,         1)                                                    \
-    A(float,   lse,      L,                  N * H,         1)                                                    \
-    A(floatX,  ln2,      L,                  N * C,         1)                                                    \
-    A(float,   ln2_rstd, L,                  N,             1)                                                    \
-    A(floatX,  fc,       1,                  N * F,         0)                                                    \
-    A(floatX,  relu,     L,                  N * F,         1)                                                    \
-    A(floatX,  branch,   1,                  N * C,         0)   /* what attention or MLP adds to the stream */   \
-    A(floatX,  lnf,      1,                  N * C,         1)                                                    \
-    A(float,   lnf_rstd, 1,                  N,             1)                                                    \
-    A(floatX,  logits,   1,                  R * V,         0)   /* R rows at a time; then their gradient */      \
-    A(float,   losses,   1,                  N,             0)                                                    \
-    A(floatX,  dx,       1,                  N * C,         0)   /* gradient of the stream */                     \
-    A(floatX,  dln,      1,                  N * C,         0)                                                    \
-    A(floatX,  dfc,      1,                  N * F,         0)                                                    \
-    A(floatX,  datt,     1,                  N * C,         0)                                                    \
-    A(float,   delta,    1,                  N * H,         0)                                                    \
-    A(floatX,  dqkv,     1,                  N * 3 * C,     0)                                                    \
-    A(floatX,  dv0,      cfg->value_residual, N * C,        0)   /* gradient of layer 0's values through the mixes */ \
-    A(floatX,  dx0,      cfg->x0_mix,        N * C,         0)   /* gradient of the embedding through the mixes */ \
-    A(floatX,  dskip,    cfg->skips * L / 2, N * C,         0)   /* gradient of layer l's output through its skip */ \
-    A(float,   cos,      1,                  T * D / 2,     0)                                                    \
-    A(float,   sin,      1,                  T * D / 2,     0)                                                    \
-    A(float,   reduce,   1,                  reduce_floats, 0)   /* partial sums of norms and scalar gradients */
+// Every buffer of forward and backward, once. Rows marked `saved` live from forward to backward;
+// the others are scratch. What backward can rebuild cheaply is not saved: the input of ReLU² (the
+// root of its output), the mixed values, the residual stream unless a recipe trains its mixing
+// weights.
+//    type    name      copies         elements       saved
+#define ACTS(A)                                                                                   \
+    A(floatX, emb,      embed_norm,    N * C,         0)  /* wte[token] before its norm */        \
+    A(float,  emb_rstd, embed_norm,    N,             1)                                          \
+    A(floatX, x,        streams,       N * C,         1)  /* stream into layer l; x[L]: out */    \
+    A(floatX, mid,      1,             N * C,         0)  /* stream inside a layer */             \
+    A(floatX, skip_out, skips,         N * C,         1)  /* output of layer L/2-1 */             \
+    A(floatX, ln1,      L,             N * C,         1)                                          \
+    A(float,  ln1_rstd, L,             N,             1)                                          \
+    A(floatX, qkv,      L,             N * 3 * C,     1)  /* q k normed, rotated; v as is */      \
+    A(float,  qk_rstd,  L,             N * 2 * H,     1)                                          \
+    A(floatX, v,        value_mix,     N * C,         0)  /* mixed with layer 0's */              \
+    A(floatX, att,      L,             N * C,         1)                                          \
+    A(float,  lse,      L,             N * H,         1)                                          \
+    A(floatX, ln2,      L,             N * C,         1)                                          \
+    A(float,  ln2_rstd, L,             N,             1)                                          \
+    A(floatX, fc,       1,             N * F,         0)                                          \
+    A(floatX, relu,     L,             N * F,         1)                                          \
+    A(floatX, branch,   1,             N * C,         0)  /* what a branch adds to x */           \
+    A(floatX, lnf,      1,             N * C,         1)                                          \
+    A(float,  lnf_rstd, 1,             N,             1)                                          \
+    A(floatX, logits,   1,             R * V,         0)  /* R rows, then their gradient */       \
+    A(float,  losses,   1,             N,             0)                                          \
+    A(floatX, dx,       1,             N * C,         0)  /* of the stream */                     \
+    A(floatX, dln,      1,             N * C,         0)                                          \
+    A(floatX, dfc,      1,             N * F,         0)                                          \
+    A(floatX, datt,     1,             N * C,         0)                                          \
+    A(float,  delta,    1,             N * H,         0)                                          \
+    A(floatX, dqkv,     1,             N * 3 * C,     0)                                          \
+    A(floatX, dv0,      value_mix,     N * C,         0)  /* of layer 0's values, by mixes */     \
+    A(floatX, dx0,      x0_mix,        N * C,         0)  /* of the embedding, by mixes */        \
+    A(floatX, dskip,    skips * L / 2, N * C,         0)  /* of layer l's output, by skip */      \
+    A(float,  cos,      1,             T * D / 2,     0)                                          \
+    A(float,  sin,      1,             T * D / 2,     0)                                          \
+    A(float,  reduce,   1,             reduce_floats, 0)  /* partial sums */
 
 typedef struct Acts {
 #define FIELD(type, name, copies, elements, saved) type* name[MAX_LAYERS + 1];
@@ -183,10 +192,10 @@ typedef struct Model {
     Layer plan[MAX_LAYERS + 1];      // plan[L] is the way out: no skip
     Bank banks[BANKS];
     Acts acts;
-    EmbeddingIndex index;            // positions of each distinct token, for the embedding's backward
+    EmbeddingIndex index; // positions of each distinct token, for the embedding's backward
     int *tokens, *targets;           // (N) on the device
     int *tokens_host, *targets_host; // (N) pinned
-    float* stats;                    // device: loss sum, sum of squared gradients, non-finite gradients, 1.0
+    float* stats; // device: loss sum, sum of squared gradients, non-finite gradients, 1.0
     float* stats_host;               // pinned: the same, then the loss sum of each micro-step
     int micro_steps;                 // micro-batches in an optimizer step
     cudaEvent_t uploaded;            // the pinned tokens may be overwritten
@@ -224,8 +233,8 @@ static void* device_alloc(Model* m, const char* name, size_t bytes) {
         size_t free_bytes = 0, total_bytes = 0;
         cudaMemGetInfo(&free_bytes, &total_bytes);
         die("out of memory: %s need %.2f GiB more, %.2f of %.2f GiB are free\n"
-            "try a smaller --micro-batch (now %d); --dry-run prints the whole table", name, bytes / GIB,
-            free_bytes / GIB, total_bytes / GIB, m->B);
+            "try a smaller --micro-batch (now %d); --dry-run prints the whole table",
+            name, bytes / GIB, free_bytes / GIB, total_bytes / GIB, m->B);
     }
     m->allocation[m->allocations++] = p;
     return p;
@@ -236,7 +245,7 @@ static int feature_on(const Settings* cfg, Feature feature) {
         case ALWAYS: return 1;
         case UNTIED: return cfg->head == FLAG_HEAD_UNTIED;
         case X0_MIX: return cfg->x0_mix != 0;
-        case VALUE_RESIDUAL: return cfg->value_residual != 0;
+        case VALUE_MIX: return cfg->value_residual != 0;
         case SKIPS: return cfg->skips != 0;
     }
     return 0;
@@ -298,7 +307,8 @@ static void banks_build(Model* m) {
         int adam = bank->kind != MATRIX || m->cfg->optimizer == FLAG_OPTIMIZER_ADAMW;
         bank->p = (floatX*)device_alloc(m, "weights", bank->n * sizeof(floatX));
         bank->g = (float*)device_alloc(m, "gradients", bank->n * sizeof(float));
-        bank->m = (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", bank->n * sizeof(float));
+        bank->m =
+            (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", bank->n * sizeof(float));
         if (adam) bank->v = (float*)device_alloc(m, "Adam v", bank->n * sizeof(float));
         if (!FLOATX_IS_BF16) bank->master = (float*)bank->p;
         else if (!(bank->bf16 && bank->kind == TABLE))
@@ -315,14 +325,19 @@ static int logit_rows(int N, int V) {
 
 static void acts_build(Model* m) {
     const Settings* cfg = m->cfg;
-    size_t T = m->T, N = (size_t)m->B * m->T, C = m->C, H = m->H, D = m->D, F = m->F, V = m->V, L = m->L, R = m->R;
-    // Backward wants the stream only in recipes that train a weight on it; and the embedding, if it was normed.
-    size_t streams = cfg->x0_mix || cfg->skips ? L + 1 : cfg->embed_norm ? 2 : 1;
+    size_t T = m->T, N = (size_t)m->B * m->T, C = m->C, H = m->H, D = m->D, F = m->F, V = m->V,
+           L = m->L, R = m->R;
+    int embed_norm = cfg->embed_norm != 0, x0_mix = cfg->x0_mix != 0, skips = cfg->skips != 0,
+        value_mix = cfg->value_residual != 0;
+    // Backward wants the stream only in recipes that train a weight on it; and the embedding, if it
+    // was normed.
+    size_t streams = x0_mix || skips ? L + 1 : embed_norm ? 2 : 1;
     size_t reduce_floats = m->reduce_floats;
     Acts* a = &m->acts;
-#define PLACE(type, name, copies, elements, saved)                                                  \
+#define PLACE(type, name, copies, elements, saved)                                                 \
     for (size_t i = 0; i < (size_t)(copies); i++)                                                  \
-        a->name[i] = (type*)device_alloc(m, saved ? "activations" : "scratch", (size_t)(elements) * sizeof(type));
+        a->name[i] = (type*)device_alloc(m, saved ? "activations" : "scratch",                     \
+                                         (size_t)(elements) * sizeof(type));
     ACTS(PLACE)
 #undef PLACE
     for (size_t l = streams; l <= L; l++) a->x[l] = a->x[streams - 1];
@@ -343,47 +358,47 @@ static void plan_build(Model* m) {
     }
 }
 
-// Every tensor has its own random stream, so that a value depends on the seed, the tensor and the place
-// in it, and on nothing else.
-static void params_init(Model* m) {
+// Every tensor has its own random stream, so that a value depends on the seed, the tensor and the
+// place in it, and on nothing else.
+static void param_init(Model* m, ParamId id, int layer) {
     const Settings* cfg = m->cfg;
-    for (int id = 0; id < PARAMS; id++) {
-        const ParamRow* row = &PARAM_TABLE[id];
-        Bank* bank = &m->banks[row->bank];
-        int copies = param_copies(m, (ParamId)id);
-        float fan_in = 1.0f / sqrtf((float)size_of(m, row->cols));
-        for (int layer = 0; layer < copies; layer++) {
-            size_t offset = param_offset(m, (ParamId)id, layer), n = (size_t)bank->rows * bank->cols;
-            floatX* p = bank->p + offset;
-            float* master = bank->master ? bank->master + offset : NULL;
-            uint32_t rng = RNG_INIT_STREAM + (uint32_t)(id * MAX_LAYERS + layer);
-            switch (row->init) {
-                case INIT_ZERO: break;
-                case INIT_ONE: init_uniform(p, master, n, 1, 1, bank->bf16, cfg->seed, rng, m->stream); break;
-                case INIT_HALF: init_uniform(p, master, n, 0.5f, 0.5f, bank->bf16, cfg->seed, rng, m->stream); break;
-                case INIT_ONE_ZERO: init_uniform(p, master, 1, 1, 1, bank->bf16, cfg->seed, rng, m->stream); break;
-                case INIT_FAN_IN: init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream); break;
-                case INIT_EMBED:
-                    if (cfg->init_embed == FLAG_INIT_NORMAL) init_normal(p, master, n, bank->bf16, cfg->seed, rng, m->stream);
-                    else init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream);
-                    break;
-                case INIT_HEAD:
-                    if (cfg->init_head == FLAG_INIT_HEAD_UNIFORM)
-                        init_uniform(p, master, n, -fan_in, fan_in, bank->bf16, cfg->seed, rng, m->stream);
-                    break;
-            }
-        }
+    const ParamRow* row = &PARAM_TABLE[id];
+    Bank* bank = &m->banks[row->bank];
+    size_t offset = param_offset(m, id, layer), n = (size_t)bank->rows * bank->cols;
+    floatX* p = bank->p + offset;
+    float* master = bank->master ? bank->master + offset : NULL;
+    uint32_t rng = RNG_INIT_STREAM + (uint32_t)(id * MAX_LAYERS + layer);
+    float fan_in = 1.0f / sqrtf((float)size_of(m, row->cols));
+    float low = 0, high = 0;             // uniform between them; equal: a constant
+    bool normal = false;
+    switch (row->init) {
+        case INIT_ZERO: break;
+        case INIT_ONE: low = high = 1; break;
+        case INIT_HALF: low = high = 0.5f; break;
+        case INIT_ONE_ZERO: low = high = 1, n = 1; break;
+        case INIT_FAN_IN: low = -fan_in, high = fan_in; break;
+        case INIT_EMBED:
+            normal = cfg->init_embed == FLAG_INIT_NORMAL;
+            low = -fan_in, high = fan_in;
+            break;
+        case INIT_HEAD:
+            if (cfg->init_head == FLAG_INIT_HEAD_UNIFORM) low = -fan_in, high = fan_in;
+            break;
     }
+    if (normal) init_normal(p, master, n, bank->bf16, cfg->seed, rng, m->stream);
+    else init_uniform(p, master, n, low, high, bank->bf16, cfg->seed, rng, m->stream);
 }
 
 // Sizes, plan and memory. Under --dry-run the memory is counted and not taken.
 static void model_build(Model* m, const Settings* cfg) {
     memset(m, 0, sizeof *m);
     m->cfg = cfg;
-    m->B = (int)cfg->micro_batch, m->T = (int)cfg->seq_len, m->C = (int)cfg->channels, m->H = (int)cfg->heads;
-    m->D = m->C / m->H, m->F = 4 * m->C, m->V = (int)cfg->vocab, m->L = (int)cfg->layers;
+    m->B = (int)cfg->micro_batch, m->T = (int)cfg->seq_len, m->L = (int)cfg->layers;
+    m->C = (int)cfg->channels, m->H = (int)cfg->heads, m->V = (int)cfg->vocab;
+    m->D = m->C / m->H, m->F = 4 * m->C;
     m->R = logit_rows(m->B * m->T, m->V);
-    REQUIRE(m->L <= MAX_LAYERS, "--layers %d is more than the %d this program has tables for", m->L, MAX_LAYERS);
+    REQUIRE(m->L <= MAX_LAYERS, "--layers %d is more than the %d this program has tables for", m->L,
+            MAX_LAYERS);
     plan_build(m);
     banks_build(m);
     size_t largest = 0;
@@ -393,7 +408,8 @@ static void model_build(Model* m, const Settings* cfg) {
     acts_build(m);
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &m->banks[b];
-        if (bank->n == 0 || bank->kind != MATRIX || cfg->optimizer == FLAG_OPTIMIZER_ADAMW) continue;
+        if (bank->n == 0 || bank->kind != MATRIX || cfg->optimizer == FLAG_OPTIMIZER_ADAMW)
+            continue;
         size_t bytes = muon_scratch_bytes(bank->copies, bank->rows, bank->cols);
         if (bytes > m->muon_scratch_bytes) m->muon_scratch_bytes = bytes;
     }
@@ -417,15 +433,18 @@ static void model_start(Model* m) {
     m->micro_steps = (int)(cfg->batch_tokens / (int64_t)N);
     CUDA_CHECK(cudaMallocHost((void**)&m->tokens_host, N * sizeof(int)));
     CUDA_CHECK(cudaMallocHost((void**)&m->targets_host, N * sizeof(int)));
-    CUDA_CHECK(cudaMallocHost((void**)&m->stats_host, (STATS + (size_t)m->micro_steps) * sizeof(float)));
+    CUDA_CHECK(
+        cudaMallocHost((void**)&m->stats_host, (STATS + (size_t)m->micro_steps) * sizeof(float)));
     float one = 1.0f;
     CUDA_CHECK(cudaMemcpy(m->stats + STAT_ONE, &one, sizeof one, cudaMemcpyHostToDevice));
 
     float* cosines = (float*)host_alloc(T * D, sizeof(float));
     float* sines = cosines + T * D / 2;
     rotary_tables(cosines, sines, (int)T, (int)D, (float)cfg->rotary_base, cfg->rotary_round_bf16);
-    CUDA_CHECK(cudaMemcpy(m->acts.cos[0], cosines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
-    CUDA_CHECK(cudaMemcpy(m->acts.sin[0], sines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
+    CUDA_CHECK(
+        cudaMemcpy(m->acts.cos[0], cosines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
+    CUDA_CHECK(
+        cudaMemcpy(m->acts.sin[0], sines, T * D / 2 * sizeof(float), cudaMemcpyHostToDevice));
     free(cosines);
 
     for (int b = 0; b < BANKS; b++) {
@@ -436,7 +455,9 @@ static void model_start(Model* m) {
         zero_fill(m, bank->m, bank->n * sizeof(float));
         zero_fill(m, bank->v, bank->n * sizeof(float));
     }
-    params_init(m);
+    for (int id = 0; id < PARAMS; id++)
+        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++)
+            param_init(m, (ParamId)id, layer);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
@@ -464,8 +485,8 @@ static floatX* skip_source(Model* m, int l) {
 }
 
 // Enters layer l (l = L: the way out) with the stream x + r, r being what the MLP before adds (NULL
-// at the first layer, where x is already in place): adds the skip, mixes in the embedding, normalises.
-// Returns the stream inside the layer.
+// at the first layer, where x is already in place): adds the skip, mixes in the embedding,
+// normalises. Returns the stream inside the layer.
 static const floatX* layer_enter(Model* m, int l, const floatX* x, const floatX* r, int N) {
     Acts* a = &m->acts;
     Layer plan = m->plan[l];
@@ -475,7 +496,7 @@ static const floatX* layer_enter(Model* m, int l, const floatX* x, const floatX*
     floatX* y = l < m->L ? a->ln1[l] : a->lnf[0];
     float* rstd = l < m->L ? a->ln1_rstd[l] : a->lnf_rstd[0];
 
-    if (r && plan.skip_from < 0 && !mixes) {                                    // the plain case is one pass
+    if (r && plan.skip_from < 0 && !mixes) { // the plain case is one pass
         residual_rmsnorm_forward(a->x[l], y, rstd, x, r, N, C, eps, s);
         PROBE("out", l - 1, a->x[l], N, C, C);
         return a->x[l];
@@ -485,8 +506,8 @@ static const floatX* layer_enter(Model* m, int l, const floatX* x, const floatX*
         residual_add(out, x, r, (size_t)N * C, s);
         PROBE("out", l - 1, out, N, C, C);
         if (plan.skip_from >= 0)
-            mix_forward(a->x[l], out, skip_source(m, plan.skip_from), scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index,
-                        MIX_SKIP, N, C, C, C, C, s);
+            mix_forward(a->x[l], out, skip_source(m, plan.skip_from),
+                        scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index, MIX_SKIP, N, C, C, C, C, s);
     }
     const floatX* inside = a->x[l];
     PROBE("in", l, inside, N, C, C);
@@ -499,14 +520,16 @@ static const floatX* layer_enter(Model* m, int l, const floatX* x, const floatX*
     return inside;
 }
 
-// The values of layer l as attention reads them, and their row stride: as projected, or mixed with layer 0's.
+// The values of layer l as attention reads them, and their row stride: as projected, or mixed with
+// layer 0's.
 static const floatX* layer_values(Model* m, int l, int N, int* ld) {
     Acts* a = &m->acts;
     int C = m->C;
     const floatX* v = a->qkv[l] + 2 * C;
     *ld = 3 * C;
     if (!m->cfg->value_residual || l == 0) return v;
-    mix_forward(a->v[0], v, a->qkv[0] + 2 * C, scalar(m, LAMB, l), MIX_LERP, N, C, C, 3 * C, 3 * C, m->stream);
+    mix_forward(a->v[0], v, a->qkv[0] + 2 * C, scalar(m, LAMB, l), MIX_LERP, N, C, C, 3 * C, 3 * C,
+                m->stream);
     *ld = C;
     return a->v[0];
 }
@@ -516,65 +539,102 @@ static void forward(Model* m, int B, int T) {
     const Settings* cfg = m->cfg;
     Acts* a = &m->acts;
     int N = B * T, C = m->C, H = m->H, D = m->D, F = m->F, ldv;
-    float attn_scale = attention_scale(m);
+    float attn_scale = attention_scale(m), eps = (float)cfg->norm_eps;
+    bool norm_first = cfg->qk_order == FLAG_QK_NORM_FIRST;
     cudaStream_t s = m->stream;
     Matmul* mm = &m->matmul;
+    floatX *x0 = a->x[0], *branch = a->branch[0], *fc = a->fc[0], *mid = a->mid[0];
 
-    if (cfg->embed_norm) {
-        embedding_forward(a->emb[0], weight(m, WTE, 0), m->tokens, N, C, s);                       // (N, C)
-        rmsnorm_forward(a->x[0], a->emb_rstd[0], a->emb[0], N, C, (float)cfg->norm_eps, s);        // (N, C)
-    } else {
-        embedding_forward(a->x[0], weight(m, WTE, 0), m->tokens, N, C, s);                         // (N, C)
-    }
-    PROBE("x0", 0, a->x[0], N, C, C);
-    const floatX* x = a->x[0];
+    embedding_forward(cfg->embed_norm ? a->emb[0] : x0, weight(m, WTE, 0), m->tokens, N, C, s);
+    if (cfg->embed_norm) rmsnorm_forward(x0, a->emb_rstd[0], a->emb[0], N, C, eps, s);    // (N, C)
+    PROBE("x0", 0, x0, N, C, C);
+    const floatX* x = x0;
     for (int l = 0; l < m->L; l++) {
-        x = layer_enter(m, l, x, l ? a->branch[0] : NULL, N);                                      // ln1 (N, C)
-        matmul_nt(a->qkv[l], a->ln1[l], weight(m, ATTN_Q, l), N, 3 * C, C, mm, s);                 // (N, 3C)
-        PROBE("qkv", l, a->qkv[l], N, 3 * C, 3 * C);
-        qknorm_rotary_forward(a->qkv[l], a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C,
-                              (float)cfg->qk_norm_eps, cfg->qk_order == FLAG_QK_NORM_FIRST, s);
-        const floatX* v = layer_values(m, l, N, &ldv);
+        floatX *qkv = a->qkv[l], *att = a->att[l];
+        x = layer_enter(m, l, x, l ? branch : NULL, N);                              // ln1 (N, C)
+        matmul_nt(qkv, a->ln1[l], weight(m, ATTN_Q, l), N, 3 * C, C, mm, s);         // (N, 3C)
+        PROBE("qkv", l, qkv, N, 3 * C, 3 * C);
+        qknorm_rotary_forward(qkv, a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C,
+                              (float)cfg->qk_norm_eps, norm_first, s);
+        const floatX* v = layer_values(m, l, N, &ldv);                               // (N, C)
         PROBE("v_mix", l, v, N, C, ldv);
-        attention_forward(a->att[l], a->lse[l], a->qkv[l], a->qkv[l] + C, v, B, T, H, D, 3 * C, ldv, attn_scale, s);
-        matmul_nt(a->branch[0], a->att[l], weight(m, ATTN_PROJ, l), N, C, C, mm, s);               // (N, C)
-        PROBE("attn_out", l, a->branch[0], N, C, C);
-        residual_rmsnorm_forward(a->mid[0], a->ln2[l], a->ln2_rstd[l], x, a->branch[0], N, C, (float)cfg->norm_eps, s);
-        PROBE("after_attn", l, a->mid[0], N, C, C);
-        x = a->mid[0];
-        matmul_nt(a->fc[0], a->ln2[l], weight(m, MLP_FC, l), N, F, C, mm, s);                      // (N, F)
-        PROBE("fc", l, a->fc[0], N, F, F);
-        relu2_forward(a->relu[l], a->fc[0], (size_t)N * F, s);                                     // (N, F)
-        matmul_nn(a->branch[0], a->relu[l], weight(m, MLP_PROJ, l), N, C, F, mm, s);               // (N, C)
-        PROBE("mlp_out", l, a->branch[0], N, C, C);
+        attention_forward(att, a->lse[l], qkv, qkv + C, v, B, T, H, D, 3 * C, ldv, attn_scale, s);
+        matmul_nt(branch, att, weight(m, ATTN_PROJ, l), N, C, C, mm, s);             // (N, C)
+        PROBE("attn_out", l, branch, N, C, C);
+        residual_rmsnorm_forward(mid, a->ln2[l], a->ln2_rstd[l], x, branch, N, C, eps, s);
+        PROBE("after_attn", l, mid, N, C, C);
+        x = mid;
+        matmul_nt(fc, a->ln2[l], weight(m, MLP_FC, l), N, F, C, mm, s);              // (N, F)
+        PROBE("fc", l, fc, N, F, F);
+        relu2_forward(a->relu[l], fc, (size_t)N * F, s);                             // (N, F)
+        matmul_nn(branch, a->relu[l], weight(m, MLP_PROJ, l), N, C, F, mm, s);       // (N, C)
+        PROBE("mlp_out", l, branch, N, C, C);
     }
-    layer_enter(m, m->L, x, a->branch[0], N);                                                      // lnf (N, C)
+    layer_enter(m, m->L, x, branch, N);                                              // lnf (N, C)
 }
 
-// Loss of the N rows in acts.lnf, added up in stats[STAT_LOSS]. With `train`, also the gradients of the
-// head and of lnf (into acts.dln), scaled by grad_scale. The logits of R rows exist at a time.
+// Loss of the N rows in acts.lnf, added up in stats[STAT_LOSS]. With `train`, also the gradients of
+// the head and of lnf (into acts.dln), scaled by grad_scale. The logits of R rows exist at a time.
 static void classify(Model* m, int N, bool train, float grad_scale, bool first) {
     const Settings* cfg = m->cfg;
     Acts* a = &m->acts;
     int C = m->C, V = m->V;
     cudaStream_t s = m->stream;
+    Matmul* mm = &m->matmul;
+    floatX* logits = a->logits[0];
     const floatX* head = weight(m, head_id(m), 0);
     for (int row = 0; row < N; row += m->R) {
         int rows = N - row < m->R ? N - row : m->R;
         const floatX* x = a->lnf[0] + (size_t)row * C;
-        matmul_nt(a->logits[0], x, head, rows, V, C, &m->matmul, s);                               // (rows, V)
-        PROBE("logits", row, a->logits[0], rows, V, V);
-        cross_entropy(a->logits[0], a->losses[0] + row, m->targets + row, rows, V, (SoftcapKind)cfg->softcap,
-                      (float)cfg->softcap_value, grad_scale, train, s);
+        floatX* dx = a->dln[0] + (size_t)row * C;
+        matmul_nt(logits, x, head, rows, V, C, mm, s);                               // (rows, V)
+        PROBE("logits", row, logits, rows, V, V);
+        cross_entropy(logits, a->losses[0] + row, m->targets + row, rows, V,
+                      (SoftcapKind)cfg->softcap, (float)cfg->softcap_value, grad_scale, train, s);
         if (!train) continue;
-        PROBE("dlogits", row, a->logits[0], rows, V, V);
-        matmul_nn(a->dln[0] + (size_t)row * C, a->logits[0], head, rows, C, V, &m->matmul, s);     // (rows, C)
-        matmul_tn(grad(m, head_id(m), 0), a->logits[0], x, V, C, rows, first && row == 0 ? 0.0f : 1.0f, &m->matmul, s);
+        PROBE("dlogits", row, logits, rows, V, V);
+        float beta = first && row == 0 ? 0.0f : 1.0f;
+        matmul_nn(dx, logits, head, rows, C, V, mm, s);                              // (rows, C)
+        matmul_tn(grad(m, head_id(m), 0), logits, x, V, C, rows, beta, mm, s);       // (V, C)
     }
     loss_sum(m->stats + STAT_LOSS, a->losses[0], N, s);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
+
+// Undoes layer_values for dv (N, C) of row stride 3C; layer 0 collects what the mixes sent to it.
+static void layer_values_backward(Model* m, int l, floatX* dv, int N) {
+    Acts* a = &m->acts;
+    int C = m->C, ld = 3 * C;
+    cudaStream_t s = m->stream;
+    if (!m->cfg->value_residual) return;
+    if (l == 0) {      // dv + dv0
+        mix_forward(dv, dv, a->dv0[0], m->stats + STAT_ONE, MIX_SKIP, N, C, ld, ld, C, s);
+    } else {
+        mix_backward(dv, a->dv0[0], grad(m, LAMB, l), dv, a->qkv[l] + 2 * C, a->qkv[0] + 2 * C,
+                     scalar(m, LAMB, l), MIX_LERP, N, C, ld, C, ld, ld, ld, a->reduce[0], s);
+    }
+    PROBE("dv", l, dv, N, C, ld);
+}
+
+// Undoes layer_enter but for its norm: dx turns from the gradient inside the layer to that of x[l].
+static void layer_enter_backward(Model* m, int l, floatX* dx, int N) {
+    Acts* a = &m->acts;
+    Layer plan = m->plan[l];
+    int C = m->C;
+    cudaStream_t s = m->stream;
+    if (m->cfg->x0_mix) {
+        mix_backward(dx, a->dx0[0], grad(m, LAMBDAS, l), dx, a->x[l], a->x[0],
+                     scalar(m, LAMBDAS, l), MIX_PAIR, N, C, C, C, C, C, C, a->reduce[0], s);
+    }
+    if (plan.skip_from >= 0) {
+        floatX* dskip = a->dskip[plan.skip_from];
+        CUDA_CHECK(cudaMemsetAsync(dskip, 0, (size_t)N * C * sizeof(floatX), s));
+        mix_backward(NULL, dskip, grad(m, SKIP_WEIGHTS, 0) + plan.skip_index, dx, NULL,
+                     skip_source(m, plan.skip_from), scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index,
+                     MIX_SKIP, N, C, C, C, C, C, C, a->reduce[0], s);
+    }
+}
 
 // Adds the gradients of this micro-batch to the banks' g (or sets them, if it is the step's first).
 static void backward(Model* m, int B, int T, bool first) {
@@ -582,59 +642,45 @@ static void backward(Model* m, int B, int T, bool first) {
     Acts* a = &m->acts;
     int N = B * T, C = m->C, H = m->H, D = m->D, F = m->F, ldv;
     float attn_scale = attention_scale(m), beta = first ? 0.0f : 1.0f;
+    bool norm_first = cfg->qk_order == FLAG_QK_NORM_FIRST;
     size_t stream_bytes = (size_t)N * C * sizeof(floatX);
     cudaStream_t s = m->stream;
     Matmul* mm = &m->matmul;
-    floatX *dx = a->dx[0], *dln = a->dln[0], *dqkv = a->dqkv[0];
+    floatX *dx = a->dx[0], *dln = a->dln[0], *dfc = a->dfc[0];
+    floatX *datt = a->datt[0], *dqkv = a->dqkv[0];
 
     if (cfg->x0_mix) CUDA_CHECK(cudaMemsetAsync(a->dx0[0], 0, stream_bytes, s));
     if (cfg->value_residual) CUDA_CHECK(cudaMemsetAsync(a->dv0[0], 0, stream_bytes, s));
 
-    rmsnorm_backward(dx, dln, a->lnf[0], a->lnf_rstd[0], N, C, false, s);                          // (N, C)
+    rmsnorm_backward(dx, dln, a->lnf[0], a->lnf_rstd[0], N, C, false, s);            // (N, C)
     for (int l = m->L - 1; l >= 0; l--) {
-        Layer plan = m->plan[l];
-        if (plan.is_skip_source) residual_add(dx, dx, a->dskip[l], (size_t)N * C, s);
+        floatX *qkv = a->qkv[l], *att = a->att[l];
+        if (m->plan[l].is_skip_source) residual_add(dx, dx, a->dskip[l], (size_t)N * C, s);
         PROBE("dout", l, dx, N, C, C);
-        // MLP
-        matmul_tn(grad(m, MLP_PROJ, l), a->relu[l], dx, F, C, N, beta, mm, s);                     // (F, C)
-        matmul_nt(a->dfc[0], dx, weight(m, MLP_PROJ, l), N, F, C, mm, s);                          // (N, F)
-        relu2_backward(a->dfc[0], a->dfc[0], a->relu[l], (size_t)N * F, s);                        // (N, F)
-        matmul_tn(grad(m, MLP_FC, l), a->dfc[0], a->ln2[l], F, C, N, beta, mm, s);                 // (F, C)
-        matmul_nn(dln, a->dfc[0], weight(m, MLP_FC, l), N, C, F, mm, s);                           // (N, C)
-        rmsnorm_backward(dx, dln, a->ln2[l], a->ln2_rstd[l], N, C, true, s);                       // (N, C)
-        // attention
-        matmul_tn(grad(m, ATTN_PROJ, l), dx, a->att[l], C, C, N, beta, mm, s);                     // (C, C)
-        matmul_nn(a->datt[0], dx, weight(m, ATTN_PROJ, l), N, C, C, mm, s);                        // (N, C)
-        const floatX* v = layer_values(m, l, N, &ldv);
-        attention_backward(dqkv, dqkv + C, dqkv + 2 * C, a->delta[0], a->datt[0], a->att[l], a->lse[l], a->qkv[l],
-                           a->qkv[l] + C, v, B, T, H, D, 3 * C, ldv, 3 * C, 3 * C, attn_scale, s); // (N, 3C)
-        if (cfg->value_residual) {
-            floatX* dv = dqkv + 2 * C;
-            if (l > 0) mix_backward(dv, a->dv0[0], grad(m, LAMB, l), dv, a->qkv[l] + 2 * C, a->qkv[0] + 2 * C,
-                                    scalar(m, LAMB, l), MIX_LERP, N, C, 3 * C, C, 3 * C, 3 * C, 3 * C, a->reduce[0], s);
-            else mix_forward(dv, dv, a->dv0[0], m->stats + STAT_ONE, MIX_SKIP, N, C, 3 * C, 3 * C, C, s);   // sum
-            PROBE("dv", l, dv, N, C, 3 * C);
-        }
-        qknorm_rotary_backward(dqkv, a->qkv[l], a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C, 3 * C,
-                               cfg->qk_order == FLAG_QK_NORM_FIRST, s);
-        matmul_tn(grad(m, ATTN_Q, l), dqkv, a->ln1[l], 3 * C, C, N, beta, mm, s);                  // (3C, C)
-        matmul_nn(dln, dqkv, weight(m, ATTN_Q, l), N, C, 3 * C, mm, s);                            // (N, C)
-        rmsnorm_backward(dx, dln, a->ln1[l], a->ln1_rstd[l], N, C, true, s);                       // (N, C)
-        // what layer_enter did
-        if (cfg->x0_mix)
-            mix_backward(dx, a->dx0[0], grad(m, LAMBDAS, l), dx, a->x[l], a->x[0], scalar(m, LAMBDAS, l), MIX_PAIR,
-                         N, C, C, C, C, C, C, a->reduce[0], s);
-        if (plan.skip_from >= 0) {
-            CUDA_CHECK(cudaMemsetAsync(a->dskip[plan.skip_from], 0, stream_bytes, s));
-            mix_backward(NULL, a->dskip[plan.skip_from], grad(m, SKIP_WEIGHTS, 0) + plan.skip_index, dx, NULL,
-                         skip_source(m, plan.skip_from), scalar(m, SKIP_WEIGHTS, 0) + plan.skip_index, MIX_SKIP,
-                         N, C, C, C, C, C, C, a->reduce[0], s);
-        }
+        matmul_tn(grad(m, MLP_PROJ, l), a->relu[l], dx, F, C, N, beta, mm, s);       // (F, C)
+        matmul_nt(dfc, dx, weight(m, MLP_PROJ, l), N, F, C, mm, s);                  // (N, F)
+        relu2_backward(dfc, dfc, a->relu[l], (size_t)N * F, s);                      // (N, F)
+        matmul_tn(grad(m, MLP_FC, l), dfc, a->ln2[l], F, C, N, beta, mm, s);         // (F, C)
+        matmul_nn(dln, dfc, weight(m, MLP_FC, l), N, C, F, mm, s);                   // (N, C)
+        rmsnorm_backward(dx, dln, a->ln2[l], a->ln2_rstd[l], N, C, true, s);         // (N, C)
+
+        matmul_tn(grad(m, ATTN_PROJ, l), dx, att, C, C, N, beta, mm, s);             // (C, C)
+        matmul_nn(datt, dx, weight(m, ATTN_PROJ, l), N, C, C, mm, s);                // (N, C)
+        const floatX* v = layer_values(m, l, N, &ldv);                               // (N, C)
+        attention_backward(dqkv, dqkv + C, dqkv + 2 * C, a->delta[0], datt, att, a->lse[l], qkv,
+                           qkv + C, v, B, T, H, D, 3 * C, ldv, 3 * C, 3 * C, attn_scale, s);
+        layer_values_backward(m, l, dqkv + 2 * C, N);
+        qknorm_rotary_backward(dqkv, qkv, a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C,
+                               3 * C, norm_first, s);                                // (N, 3C)
+        matmul_tn(grad(m, ATTN_Q, l), dqkv, a->ln1[l], 3 * C, C, N, beta, mm, s);    // (3C, C)
+        matmul_nn(dln, dqkv, weight(m, ATTN_Q, l), N, C, 3 * C, mm, s);              // (N, C)
+        rmsnorm_backward(dx, dln, a->ln1[l], a->ln1_rstd[l], N, C, true, s);         // (N, C)
+        layer_enter_backward(m, l, dx, N);
     }
     if (cfg->x0_mix) residual_add(dx, dx, a->dx0[0], (size_t)N * C, s);
-    if (cfg->embed_norm) rmsnorm_backward(dx, dx, a->x[0], a->emb_rstd[0], N, C, false, s);        // (N, C)
+    if (cfg->embed_norm) rmsnorm_backward(dx, dx, a->x[0], a->emb_rstd[0], N, C, false, s);
     PROBE("demb", 0, dx, N, C, C);
-    embedding_backward(grad(m, WTE, 0), dx, &m->index, C, s);
+    embedding_backward(grad(m, WTE, 0), dx, &m->index, C, s);                        // (V, C)
 }
 
 // Gradients that are added to, not written, by the kernels that make them start a step at zero.
@@ -642,7 +688,8 @@ static void zero_gradients(Model* m) {
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &m->banks[b];
         int added = bank->kind == SCALAR || (b == BANK_EMBED && m->cfg->head != FLAG_HEAD_TIED);
-        if (bank->n && added) CUDA_CHECK(cudaMemsetAsync(bank->g, 0, bank->n * sizeof(float), m->stream));
+        if (bank->n && added)
+            CUDA_CHECK(cudaMemsetAsync(bank->g, 0, bank->n * sizeof(float), m->stream));
     }
 }
 
@@ -666,9 +713,9 @@ static void update(Model* m, int64_t step, Schedule now) {
         if (bank->n == 0) continue;
         float lr = bank_lr(cfg, (BankId)b) * now.lr_mult;
         if (bank->v) {
-            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr, cfg->adam_beta1,
-                         cfg->adam_beta2, (float)cfg->adam_eps, (float)cfg->weight_decay, (int)step, bank->bf16,
-                         m->stream);
+            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr,
+                         cfg->adam_beta1, cfg->adam_beta2, (float)cfg->adam_eps,
+                         (float)cfg->weight_decay, (int)step, bank->bf16, m->stream);
             continue;
         }
         float scale[4 * MAX_LAYERS];      // the logical shape decides, not the one in memory
@@ -676,11 +723,12 @@ static void update(Model* m, int64_t step, Schedule now) {
             const ParamRow* row = &PARAM_TABLE[id];
             if (row->bank != b) continue;
             for (int i = row->slot; i < bank->copies; i += bank->slots)
-                scale[i] = muon_scale((MuonScale)cfg->muon_scale, size_of(m, row->rows), size_of(m, row->cols));
+                scale[i] = muon_scale((MuonScale)cfg->muon_scale, size_of(m, row->rows),
+                                      size_of(m, row->cols));
         }
-        muon_update(bank->p, bank->master, bank->g, bank->m, bank->copies, bank->rows, bank->cols, scale, lr,
-                    now.muon_momentum, (MuonForm)cfg->muon_form, (int)cfg->ns_steps, m->muon_scratch,
-                    m->muon_scratch_bytes, &m->matmul, m->stream);
+        muon_update(bank->p, bank->master, bank->g, bank->m, bank->copies, bank->rows, bank->cols,
+                    scale, lr, now.muon_momentum, (MuonForm)cfg->muon_form, (int)cfg->ns_steps,
+                    m->muon_scratch, m->muon_scratch_bytes, &m->matmul, m->stream);
     }
 }
 
@@ -689,7 +737,8 @@ static void measure_gradients(Model* m) {
     bool more = false;
     for (int b = 0; b < BANKS; b++) {
         if (m->banks[b].n == 0) continue;
-        grad_norm(m->stats + STAT_NORM2, m->banks[b].g, m->banks[b].n, more, m->acts.reduce[0], m->stream);
+        grad_norm(m->stats + STAT_NORM2, m->banks[b].g, m->banks[b].n, more, m->acts.reduce[0],
+                  m->stream);
         more = true;
     }
 }
@@ -698,14 +747,17 @@ static void measure_gradients(Model* m) {
 
 // Sends m->tokens_host and m->targets_host to the device. The stream owns them until batch_wait.
 static void batch_upload(Model* m, int N) {
-    CUDA_CHECK(cudaMemcpyAsync(m->tokens, m->tokens_host, N * sizeof(int), cudaMemcpyHostToDevice, m->stream));
-    CUDA_CHECK(cudaMemcpyAsync(m->targets, m->targets_host, N * sizeof(int), cudaMemcpyHostToDevice, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->tokens, m->tokens_host, N * sizeof(int), cudaMemcpyHostToDevice,
+                               m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->targets, m->targets_host, N * sizeof(int), cudaMemcpyHostToDevice,
+                               m->stream));
     CUDA_CHECK(cudaEventRecord(m->uploaded, m->stream));
 }
 static void batch_wait(Model* m) { CUDA_CHECK(cudaEventSynchronize(m->uploaded)); }
 
-// Gradients and loss of one micro-batch that lies in m->tokens_host. grad_scale is 1 / tokens of the
-// optimizer step over all micro-steps and ranks: so the sum of the gradients is the true global mean.
+// Gradients and loss of one micro-batch that lies in m->tokens_host. grad_scale is 1 / tokens of
+// the optimizer step over all micro-steps and ranks: so the sum of the gradients is the true global
+// mean.
 static void micro_step(Model* m, int micro, float grad_scale) {
     int N = m->B * m->T;
     bool first = micro == 0;
@@ -715,8 +767,8 @@ static void micro_step(Model* m, int micro, float grad_scale) {
     batch_upload(m, N);
     forward(m, m->B, m->T);
     classify(m, N, true, grad_scale, first);
-    CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STATS + micro, m->stats + STAT_LOSS, sizeof(float), cudaMemcpyDeviceToHost,
-                               m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STATS + micro, m->stats + STAT_LOSS, sizeof(float),
+                               cudaMemcpyDeviceToHost, m->stream));
     backward(m, m->B, m->T, first);
 }
 
@@ -725,7 +777,8 @@ typedef struct StepStats { double loss, grad_norm; bool finite; } StepStats;
 // Waits for the step's gradients: nothing is updated from a loss or a gradient that is not finite.
 static StepStats step_stats(Model* m) {
     measure_gradients(m);
-    CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, STATS * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, STATS * sizeof(float),
+                               cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     double loss = 0;
     for (int micro = 0; micro < m->micro_steps; micro++) loss += m->stats_host[STATS + micro];
@@ -746,14 +799,16 @@ static double evaluate(Model* m, ValLoader* val) {
         batch_upload(m, N);
         forward(m, m->B, m->T);
         classify(m, N, false, 0.0f, false);
-        CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+        CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, sizeof(float), cudaMemcpyDeviceToHost,
+                                   m->stream));
         CUDA_CHECK(cudaStreamSynchronize(m->stream));
         total += m->stats_host[STAT_LOSS];
     }
     return total / (double)val->predictions;
 }
 
-// ---- weights to a file and back ------------------------------------------------------------------
+// ---- weights to a file and back
+// ------------------------------------------------------------------
 
 // Copies a tensor between memory, where it may be transposed, and its logical (rows, cols) form.
 static void tensor_transpose(float* out, const float* in, int rows, int cols) {
@@ -761,7 +816,8 @@ static void tensor_transpose(float* out, const float* in, int rows, int cols) {
         for (int c = 0; c < cols; c++) out[(size_t)c * rows + r] = in[(size_t)r * cols + c];
 }
 
-// The fp32 value of a tensor in its logical shape, for the file and for tests. `what` picks p, g or m.
+// The fp32 value of a tensor in its logical shape, for the file and for tests. `what` picks p, g or
+// m.
 static void tensor_read(Model* m, float* out, const float* device, ParamId id) {
     const ParamRow* row = &PARAM_TABLE[id];
     const Bank* bank = &m->banks[row->bank];
@@ -785,7 +841,8 @@ static void param_read(Model* m, float* out, ParamId id, int layer) {
         tensor_read(m, out, bank->master + offset, id);
         return;
     }
-    uint16_t* half = (uint16_t*)host_alloc(n, sizeof(uint16_t));      // a table without a master: bf16, never transposed
+    uint16_t* half = (uint16_t*)host_alloc(
+        n, sizeof(uint16_t)); // a table without a master: bf16, never transposed
     CUDA_CHECK(cudaMemcpy(half, bank->p + offset, n * sizeof(uint16_t), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < n; i++) {
         uint32_t bits = (uint32_t)half[i] << 16;
@@ -803,7 +860,8 @@ static void param_write(Model* m, const float* in, ParamId id, int layer) {
     else memcpy(copy, in, n * sizeof(float));
     CUDA_CHECK(cudaMalloc((void**)&device, n * sizeof(float)));
     CUDA_CHECK(cudaMemcpy(device, copy, n * sizeof(float), cudaMemcpyHostToDevice));
-    init_copy(bank->p + offset, bank->master ? bank->master + offset : NULL, device, n, bank->bf16, m->stream);
+    init_copy(bank->p + offset, bank->master ? bank->master + offset : NULL, device, n, bank->bf16,
+              m->stream);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     CUDA_CHECK(cudaFree(device));
     free(copy);
@@ -841,7 +899,8 @@ static void weights_save(Model* m, const char* path, int64_t step) {
     for (int id = 0; id < PARAMS; id++) {
         int copies = param_copies(m, (ParamId)id);
         const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
-        if (copies && (size_t)bank->rows * bank->cols > largest) largest = (size_t)bank->rows * bank->cols;
+        if (copies && (size_t)bank->rows * bank->cols > largest)
+            largest = (size_t)bank->rows * bank->cols;
         for (int layer = 0; layer < copies; layer++, count++) {
             SafeTensor* t = &file->tensors[count];
             param_name(file->names[count], sizeof file->names[count], (ParamId)id, layer);
@@ -860,7 +919,8 @@ static void weights_save(Model* m, const char* path, int64_t step) {
     settings_json(text, m->cfg);
     fclose(text);
     snprintf(step_text, sizeof step_text, "%" PRId64, step);
-    const char* metadata[] = {"format", "pt", "flags", flags, "step", step_text, "commit", GIT_COMMIT};
+    const char* metadata[] = {"format", "pt",      "flags",  flags,
+                              "step",   step_text, "commit", GIT_COMMIT};
     safetensors_write_from(path, file->tensors, count, metadata, 4, weight_fetch, file);
     free(flags);
     free(file->data);
@@ -880,18 +940,25 @@ static void weights_load(Model* m, const char* path) {
             param_name(name, sizeof name, (ParamId)id, layer);
             tensor_shape(m, (ParamId)id, shape, &dims);
             const SafeTensor* t = safetensors_find(&file, name);
-            REQUIRE(t, "%s: no tensor %s; is it a model of other --layers or another recipe?", path, name);
-            bool fits = t->dims == dims && t->shape[0] == shape[0] && (dims == 1 || t->shape[1] == shape[1]);
-            REQUIRE(fits, "%s: %s has shape (%" PRId64 ", %" PRId64 "), the flags ask for (%" PRId64 ", %" PRId64 ")",
-                    path, name, t->shape[0], t->dims > 1 ? t->shape[1] : 1, shape[0], dims > 1 ? shape[1] : 1);
-            const void* data = safetensors_data(&file, name, SAFE_F32, (int64_t)bank->rows * bank->cols);
+            REQUIRE(t, "%s: no tensor %s; is it a model of other --layers or another recipe?", path,
+                    name);
+            bool fits = t->dims == dims && t->shape[0] == shape[0] &&
+                        (dims == 1 || t->shape[1] == shape[1]);
+            REQUIRE(fits,
+                    "%s: %s has shape (%" PRId64 ", %" PRId64 "), the flags ask for (%" PRId64
+                    ", %" PRId64 ")",
+                    path, name, t->shape[0], t->dims > 1 ? t->shape[1] : 1, shape[0],
+                    dims > 1 ? shape[1] : 1);
+            const void* data =
+                safetensors_data(&file, name, SAFE_F32, (int64_t)bank->rows * bank->cols);
             param_write(m, (const float*)data, (ParamId)id, layer);
         }
     }
     safetensors_close(&file);
 }
 
-// ---- sampling ------------------------------------------------------------------------------------
+// ---- sampling
+// ------------------------------------------------------------------------------------
 
 static float softcap_host(SoftcapKind kind, float c, float z) {
     switch (kind) {
@@ -902,8 +969,8 @@ static float softcap_host(SoftcapKind kind, float c, float z) {
     return z;
 }
 
-// Continues from the end-of-text token. Each token costs a forward pass over T of them: what lies behind the
-// last known one is padding, which a causal model does not see.
+// Continues from the end-of-text token. Each token costs a forward pass over T of them: what lies
+// behind the last known one is padding, which a causal model does not see.
 static void sample(Model* m, Log* log, int64_t step, int count) {
     const Settings* cfg = m->cfg;
     int V = m->V, C = m->C, T = m->T;
@@ -918,12 +985,16 @@ static void sample(Model* m, Log* log, int64_t step, int count) {
         memcpy(m->tokens_host, text + length - known, known * sizeof(int));
         batch_upload(m, T);
         forward(m, 1, T);
-        matmul_nt(m->acts.logits[0], m->acts.lnf[0] + (size_t)(known - 1) * C, weight(m, head_id(m), 0), 1, V, C,
-                  &m->matmul, m->stream);
-        CUDA_CHECK(cudaMemcpyAsync(logits, m->acts.logits[0], V * sizeof(floatX), cudaMemcpyDeviceToHost, m->stream));
+        matmul_nt(m->acts.logits[0], m->acts.lnf[0] + (size_t)(known - 1) * C,
+                  weight(m, head_id(m), 0), 1, V, C, &m->matmul, m->stream);
+        CUDA_CHECK(cudaMemcpyAsync(logits, m->acts.logits[0], V * sizeof(floatX),
+                                   cudaMemcpyDeviceToHost, m->stream));
         CUDA_CHECK(cudaStreamSynchronize(m->stream));
-        for (int i = 0; i < V; i++) z[i] = softcap_host((SoftcapKind)cfg->softcap, (float)cfg->softcap_value, (float)logits[i]);
-        text[length] = sampler_pick(z, V, (float)cfg->sample_temperature, (int)cfg->sample_top_k, cfg->seed, length);
+        for (int i = 0; i < V; i++)
+            z[i] = softcap_host((SoftcapKind)cfg->softcap, (float)cfg->softcap_value,
+                                (float)logits[i]);
+        text[length] = sampler_pick(z, V, (float)cfg->sample_temperature, (int)cfg->sample_top_k,
+                                    cfg->seed, length);
     }
     log_sample(log, step, text + 1, count, V);
     free(text);
@@ -931,11 +1002,13 @@ static void sample(Model* m, Log* log, int64_t step, int count) {
     free(logits);
 }
 
-// ---- report --------------------------------------------------------------------------------------
+// ---- report
+// --------------------------------------------------------------------------------------
 
 static int64_t param_count(const Model* m) {
     int64_t count = 0;
-    for (int b = 0; b < BANKS; b++) count += (int64_t)m->banks[b].copies * m->banks[b].rows * m->banks[b].cols;
+    for (int b = 0; b < BANKS; b++)
+        count += (int64_t)m->banks[b].copies * m->banks[b].rows * m->banks[b].cols;
     return count;
 }
 
@@ -946,22 +1019,24 @@ static size_t memory_total(const Model* m) {
 }
 
 static void print_model(FILE* out, const Model* m) {
-    fprintf(out, "parameters %" PRId64 ", %d tokens in a micro-batch, %s\n", param_count(m), m->B * m->T,
-            FLOATX_IS_BF16 ? "bf16" : "fp32");
+    fprintf(out, "parameters %" PRId64 ", %d tokens in a micro-batch, %s\n", param_count(m),
+            m->B * m->T, FLOATX_IS_BF16 ? "bf16" : "fp32");
     for (int i = 0; i < m->memories; i++)
         fprintf(out, "  %-18s %10.1f MiB\n", m->memory[i].name, m->memory[i].bytes / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", memory_total(m) / 1048576.0);
 }
 
-// What the table said against what the system counted. On the CPU device memory is the process's own.
+// What the table said against what the system counted. On the CPU device memory is the process's
+// own.
 static void note_memory(const Model* m, Log* log) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    log_note(log, "memory: %.1f MiB by the table, process peak %.1f MiB", memory_total(m) / 1048576.0,
-             usage.ru_maxrss / 1024.0);
+    log_note(log, "memory: %.1f MiB by the table, process peak %.1f MiB",
+             memory_total(m) / 1048576.0, usage.ru_maxrss / 1024.0);
 }
 
-// ---- train ---------------------------------------------------------------------------------------
+// ---- train
+// ---------------------------------------------------------------------------------------
 
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
@@ -976,7 +1051,8 @@ static void save_step(Model* m, int64_t step, const char* suffix) {
     weights_save(m, path, step);
 }
 
-// Returns the last validation loss. The clock runs for training only, not for validation, samples and files.
+// Returns the last validation loss. The clock runs for training only, not for validation, samples
+// and files.
 static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     const Settings* cfg = m->cfg;
     float grad_scale = 1.0f / (float)cfg->batch_tokens;
@@ -990,7 +1066,8 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
             val_loss = evaluate(m, val);
             log_val(log, step, val_loss, clock_seconds(&clock));
         }
-        if (cfg->sample_every && step && step % cfg->sample_every == 0 && !last) sample(m, log, step, (int)cfg->sample_tokens);
+        if (cfg->sample_every && step && step % cfg->sample_every == 0 && !last)
+            sample(m, log, step, (int)cfg->sample_tokens);
         if (cfg->save_every && step && step % cfg->save_every == 0 && !last) {
             char suffix[32];
             snprintf(suffix, sizeof suffix, "_%06" PRId64, step);
@@ -1007,17 +1084,26 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
         }
         StepStats stats = step_stats(m);
         if (!stats.finite) {
-            die("step %" PRId64 ": loss %g, gradient norm %g, %g gradients not finite (last finite loss %g)\n"
-                "stopped before the update; nothing was saved over", step + 1, stats.loss, stats.grad_norm,
-                (double)m->stats_host[STAT_NONFINITE], last_loss);
+            die("step %" PRId64
+                ": loss %g, gradient norm %g, %g gradients not finite (last finite loss %g)\n"
+                "stopped before the update; nothing was saved over",
+                step + 1, stats.loss, stats.grad_norm, (double)m->stats_host[STAT_NONFINITE],
+                last_loss);
         }
         update(m, step + 1, now);
         if (interrupted || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
         double train_s = clock_stop(&clock);
         last_loss = stats.loss;
-        if (data->epoch != epoch) log_note(log, "step %" PRId64 ": epoch %" PRId64 " of the data begins", step + 1, data->epoch + 1);
+        if (data->epoch != epoch)
+            log_note(log, "step %" PRId64 ": epoch %" PRId64 " of the data begins", step + 1,
+                     data->epoch + 1);
         epoch = data->epoch;
-        LogStep line = {step + 1, stats.loss, train_s, now.lr_mult, now.muon_momentum, stats.grad_norm,
+        LogStep line = {step + 1,
+                        stats.loss,
+                        train_s,
+                        now.lr_mult,
+                        now.muon_momentum,
+                        stats.grad_norm,
                         (step + 1) * cfg->batch_tokens};
         log_train(log, &line);
     }
@@ -1028,7 +1114,8 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     return val_loss;
 }
 
-// ---- main ----------------------------------------------------------------------------------------
+// ---- main
+// ----------------------------------------------------------------------------------------
 
 #ifndef TRAIN_GPT2_NO_MAIN
 int main(int argc, char** argv) {
@@ -1057,8 +1144,8 @@ int main(int argc, char** argv) {
 
     Loader data;
     ValLoader val;
-    loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), model.B, model.T, 0, 1, model.V, cfg.batching,
-                (int)cfg.data_ranks);
+    loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), model.B, model.T, 0, 1,
+                model.V, cfg.batching, (int)cfg.data_ranks);
     val_open(&val, cfg.val, cfg.val_tokens, model.B, model.T, 0, 1, model.V);
     loader_describe(stdout, &data);
     signal(SIGINT, on_interrupt);

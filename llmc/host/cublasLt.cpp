@@ -595,7 +595,14 @@ static void matmul_run(void* arg) {
         memset(call->workspace, 0xff, edge);
         memset(call->workspace + call->workspace_bytes - edge, 0xff, edge);
     }
+    double begin = host_profile_begin();
     host_parallel_for((int)(cut->row_tiles * cut->col_tiles * cut->groups), matmul_piece, call);
+    if (begin == 0) return;
+    char name[96];    // in the letters of matmul.cuh: n and t for the two operands, then M x N x K
+    snprintf(name, sizeof name, "matmul_%c%c%s %lldx%lldx%lld, %lld", p->src.col == 1 ? 'n' : 't',
+             p->weights.col == 1 ? 'n' : 't', call->beta != 0 ? "+" : "", (long long)p->rows,
+             (long long)p->cols, (long long)p->depth, (long long)p->batch);
+    host_profile_end(name, begin);
 }
 
 static bool aligned(const void* pointer, uint64_t log) {

@@ -1,6 +1,6 @@
 /*
 The engine behind engine.h: the scheduler, barriers, warp collectives, blocks, launches. Stacks are
-in fiber.h, OS threads in pool.h, error reports in report.h.
+in fiber.h, OS threads in pool.h, error reports in report.h, times in profile.h.
 
 A worker (one OS thread) runs one block at a time. Each CUDA thread is in one of these states:
 fresh (not started), running (host_self), waiting (its stack is a parked fiber; it is counted in a
@@ -101,6 +101,7 @@ static uint64_t order_seed;
 static bool order_known, interblock;
 
 #include "report.h"
+#include "profile.h"
 
 // ---- runners -------------------------------------------------------------------------------
 
@@ -601,7 +602,9 @@ void host_run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
     job.args = args;
     job.items = (uint64_t)grid.x * grid.y * grid.z;
     order_blocks();
+    double begin = host_profile_begin();
     pool_run(work_grid, job.items > 1);
+    host_profile_end(kernel, begin);
     job.running = false;
 }
 

@@ -19,7 +19,7 @@ Order of execution (environment HOST_SCHED):
     <seed>            random, a function of the seed and the block alone
 Other environment variables: HOST_THREADS=n workers (default: all CPUs; results do not depend on it,
 blocks are independent), HOST_STREAMS=lazy and HOST_LEAKS=1 (runtime.cpp), HOST_INTERBLOCK=1
-(engine.cpp).
+(engine.cpp), HOST_PROFILE=1 (wall time by kernel, printed to stderr at exit).
 
 Sanitizers: define HOST_ASAN or HOST_TSAN (or let -fsanitize do it) in every file alike. engine.cpp
 is best compiled without -fsanitize, runtime.cpp either way. Sanitizer builds use one worker.
@@ -27,6 +27,7 @@ is best compiled without -fsanitize, runtime.cpp either way. Sanitizer builds us
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 
 #if defined(__SANITIZE_ADDRESS__) && !defined(HOST_ASAN)
 #define HOST_ASAN
@@ -107,6 +108,20 @@ void host_set_schedule(const char* order);  // as HOST_SCHED; null: in order
 void host_parallel_for(int n, void (*fn)(void* ctx, int i), void* ctx);
 
 [[noreturn]] void host_error(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- profile: wall time by kernel ------------------------------------------------------------
+
+struct HostProfileRow {
+    char name[112];
+    long calls;
+    double seconds;
+};
+void host_profile(bool on);                 // on: from zero
+int host_profile_rows(const HostProfileRow** rows);     // the longest first
+void host_profile_print(FILE* out);
+// A library's own work: end(name, begin()). begin returns 0 while off, and end does nothing then.
+double host_profile_begin(void);
+void host_profile_end(const char* name, double begin);
 
 // ---- barriers and collectives --------------------------------------------------------------
 
