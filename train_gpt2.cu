@@ -17,7 +17,7 @@ The same file is compiled by nvcc for a GPU, and by g++ against llmc/host, which
 same kernels on a CPU.
 
 Letters: B sequences of T tokens in a micro-batch, N = B*T rows, C channels, H heads of D = C/H,
-F = 4C, V columns of the vocabulary (padded), L layers.
+F = 4C, V columns of the vocabulary (V8: filled up to a multiple of 8), L layers.
 
 How to run:  ./train_gpt2 --help
 */
@@ -153,7 +153,7 @@ typedef struct Bank {
     A(floatX, branch,   1,             N * C,         0)  /* what a branch adds to x */           \
     A(floatX, lnf,      1,             N * C,         1)                                          \
     A(float,  lnf_rstd, 1,             N,             1)                                          \
-    A(floatX, logits,   1,             R * V,         0)  /* R rows, then their gradient */       \
+    A(floatX, logits,   1,             R * V8,        0)  /* R rows, then their gradient */       \
     A(float,  losses,   1,             N,             0)                                          \
     A(floatX, dx,       1,             N * C,         0)  /* of the stream */                     \
     A(floatX, dln,      1,             N * C,         0)                                          \
@@ -298,7 +298,9 @@ static void banks_build(Model* m) {
         bank->bf16 = m->cfg->bf16_tables && (bank->kind == SCALAR || row->bank == BANK_EMBED);
         bank->slots = row->slot + 1;
         bank->copies += copies;
-        bank->stride = ceil_div((size_t)bank->rows * bank->cols, 8) * 8;
+        // The logits of a table are made 8 columns at a time: rows of zeros fill it up.
+        size_t rows = bank->kind == TABLE ? loss_stride(bank->rows) : bank->rows;
+        bank->stride = ceil_div(rows * bank->cols, 8) * 8;
         bank->n = bank->stride * bank->copies;
     }
     for (int b = 0; b < BANKS; b++) {
@@ -325,8 +327,8 @@ static int logit_rows(int N, int V) {
 
 static void acts_build(Model* m) {
     const Settings* cfg = m->cfg;
-    size_t T = m->T, N = (size_t)m->B * m->T, C = m->C, H = m->H, D = m->D, F = m->F, V = m->V,
-           L = m->L, R = m->R;
+    size_t T = m->T, N = (size_t)m->B * m->T, C = m->C, H = m->H, D = m->D, F = m->F, L = m->L,
+           R = m->R, V8 = loss_stride(m->V);
     int embed_norm = cfg->embed_norm != 0, x0_mix = cfg->x0_mix != 0, skips = cfg->skips != 0,
         value_mix = cfg->value_residual != 0;
     // Backward wants the stream only in recipes that train a weight on it; and the embedding, if it
@@ -578,7 +580,7 @@ static void forward(Model* m, int B, int T) {
 static void classify(Model* m, int N, bool train, float grad_scale, bool first) {
     const Settings* cfg = m->cfg;
     Acts* a = &m->acts;
-    int C = m->C, V = m->V;
+    int C = m->C, V = m->V, V8 = loss_stride(V);
     cudaStream_t s = m->stream;
     Matmul* mm = &m->matmul;
     floatX* logits = a->logits[0];
@@ -587,15 +589,15 @@ static void classify(Model* m, int N, bool train, float grad_scale, bool first) 
         int rows = N - row < m->R ? N - row : m->R;
         const floatX* x = a->lnf[0] + (size_t)row * C;
         floatX* dx = a->dln[0] + (size_t)row * C;
-        matmul_nt(logits, x, head, rows, V, C, mm, s);                               // (rows, V)
-        PROBE("logits", row, logits, rows, V, V);
+        matmul_nt(logits, x, head, rows, V8, C, mm, s);                              // (rows, V8)
+        PROBE("logits", row, logits, rows, V, V8);
         cross_entropy(logits, a->losses[0] + row, m->targets + row, rows, V,
                       (SoftcapKind)cfg->softcap, (float)cfg->softcap_value, grad_scale, train, s);
         if (!train) continue;
-        PROBE("dlogits", row, logits, rows, V, V);
+        PROBE("dlogits", row, logits, rows, V, V8);
         float beta = first && row == 0 ? 0.0f : 1.0f;
-        matmul_nn(dx, logits, head, rows, C, V, mm, s);                              // (rows, C)
-        matmul_tn(grad(m, head_id(m), 0), logits, x, V, C, rows, beta, mm, s);       // (V, C)
+        matmul_nn(dx, logits, head, rows, C, V8, mm, s);                             // (rows, C)
+        matmul_tn(grad(m, head_id(m), 0), logits, x, V8, C, rows, beta, mm, s);      // (V8, C)
     }
     loss_sum(m->stats + STAT_LOSS, a->losses[0], N, s);
 }
@@ -986,7 +988,7 @@ static void sample(Model* m, Log* log, int64_t step, int count) {
         batch_upload(m, T);
         forward(m, 1, T);
         matmul_nt(m->acts.logits[0], m->acts.lnf[0] + (size_t)(known - 1) * C,
-                  weight(m, head_id(m), 0), 1, V, C, &m->matmul, m->stream);
+                  weight(m, head_id(m), 0), 1, loss_stride(V), C, &m->matmul, m->stream);
         CUDA_CHECK(cudaMemcpyAsync(logits, m->acts.logits[0], V * sizeof(floatX),
                                    cudaMemcpyDeviceToHost, m->stream));
         CUDA_CHECK(cudaStreamSynchronize(m->stream));

@@ -93,7 +93,7 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(INT, layers, 12, 1, 1000, "", "layers (L)") \
     F(INT, heads, 6, 1, 1000, "", "attention heads (H)") \
     F(INT, channels, 768, 1, 1e5, "", "channels of the residual stream (C)") \
-    F(INT, vocab, 50304, 8, 65536, "", "columns of the logits (V), padded") \
+    F(INT, vocab, 50304, 2, 65536, "", "columns of the logits (V), padding that no token uses included") \
     F(CHOICE, head, FLAG_HEAD_TIED, HEAD_WORDS, 0, "", "tied: the head is the embedding table") \
     F(CHOICE, init_embed, FLAG_INIT_UNIFORM, INIT_EMBED_WORDS, 0, "", \
       "table: uniform in +-1/sqrt(C), or normal with variance 1") \
@@ -528,11 +528,6 @@ static inline void settings_check(const Settings* s, int world) {
             "--channels %" PRId64 " / --heads %" PRId64 " is a head of %" PRId64
             " channels; it must be 32, 64 or 128\nwith these channels: %s",
             s->channels, s->heads, head_dim, near);
-    REQUIRE(s->vocab % 8 == 0,
-            "--vocab %" PRId64
-            " is not a multiple of 8 (rows are read 16 bytes at a time)\nnearest that fit: %s; "
-            "columns no token uses are harmless",
-            s->vocab, nearest_multiples(near, sizeof near, s->vocab, 8));
     REQUIRE(!s->skips || s->layers % 2 == 0,
             "--skips 1 pairs the layers, but --layers %" PRId64 " is odd\nnearest that fit: %s",
             s->layers, nearest_multiples(near, sizeof near, s->layers, 2));

@@ -7,8 +7,9 @@ Cross entropy of soft-capped logits, and its gradient in the logits' place.
     loss = log Σ_v exp(c_v) - c_target
     dz   = grad_scale (softmax(c)_v - [v = target]) dc/dz
 
-logits    (R, V) floatX: z in, dz out if write_grad; V a multiple of 8, pointer aligned to 16 bytes.
-          Every column takes part, padding too.
+logits    (R, V) floatX: z in, dz out if write_grad; rows lie V rounded up to a multiple of 8 apart,
+          pointer aligned to 16 bytes. All V columns take part, those that no token uses too; the
+          up to 7 behind them do not, and their gradient is 0.
 losses    (R) fp32, one per row
 targets   (R) int. -1: the row is ignored, its loss and its gradient are 0 whatever its logits are.
           Any other value outside 0..V-1 makes the loss NaN.
@@ -105,7 +106,20 @@ static __device__ inline float8 loss_exp8(float8 c, float max) {
     return exp2_8(c);
 }
 
+// Elements from one row of logits to the next.
+static __host__ __device__ inline int loss_stride(int V) {
+    return (V + 7) / 8 * 8;
+}
+
 // ---- one thread's part of a row ----------------------------------------------------------------
+
+// Columns past the last of a row get no probability.
+static __device__ inline void loss_mask8(float8* v, int c, int V) {
+    if (c + 8 <= V) return;
+    for (int j = 0; j < 8; j++) {
+        if (c + j >= V) v->v[j] = -FLT_MAX;
+    }
+}
 
 // `max` starts at the least finite number instead of -inf, so that the difference of two of them is
 // 0 and not NaN. A NaN never becomes the maximum for good (a comparison with it is false), but it
@@ -120,6 +134,7 @@ static __device__ inline SoftmaxStats loss_scan(const floatX* z, int V, Softcap 
             v = softcap_sigmoid8(v, cap);
             for (int j = 0; j < 8; j++) v.v[j] *= cap.scale;
         }
+        loss_mask8(&v, c, V);
         float top = max8(v);
         if (top > max) {
             float shrink = fast_exp2((max - top) * LOSS_LOG2E);
@@ -144,6 +159,7 @@ static __device__ inline void loss_gradient(floatX* z, int V, float max, float w
             t = softcap_sigmoid8(v, cap);
             for (int j = 0; j < 8; j++) v.v[j] = cap.scale * t.v[j];
         }
+        loss_mask8(&v, c, V);
         v = loss_exp8(v, max);
         for (int j = 0; j < 8; j++) {
             v.v[j] *= CAPPED ? weight * (4.0f * t.v[j] * (1.0f - t.v[j])) : weight;
@@ -194,7 +210,7 @@ static __global__ void cross_entropy_kernel(floatX* logits, float* losses, const
     LossPlace at = {(int)threadIdx.x % lanes, lanes};
     int r = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
     if (r >= R) return;                        // never part of a block that has a barrier
-    floatX* z = logits + (size_t)r * V;
+    floatX* z = logits + (size_t)r * loss_stride(V);
     int target = targets[r];
     if (target == -1) {                        // the same for all threads of the row
         float8 zero = {};
@@ -245,8 +261,7 @@ static inline int cross_entropy_lanes(int V) {
 static inline void cross_entropy(floatX* logits, float* losses, const int* targets, int R, int V,
                                  SoftcapKind kind, float cap, float grad_scale, bool write_grad,
                                  cudaStream_t stream) {
-    REQUIRE(R > 0 && V > 0 && V % 8 == 0,
-            "cross_entropy needs rows, and V to be a multiple of 8; got R=%d V=%d", R, V);
+    REQUIRE(R > 0 && V > 0, "cross_entropy needs rows and columns; got R=%d V=%d", R, V);
     REQUIRE(kind == SOFTCAP_NONE || cap > 0.0f, "cross_entropy: the cap has to be positive, got %g",
             cap);
     int lanes = cross_entropy_lanes(V), threads = lanes < WARP ? WARP : lanes;

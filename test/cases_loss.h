@@ -116,6 +116,35 @@ static void test_loss_edges(int V) {
     free(z);
 }
 
+// V that is no multiple of 8: the columns behind it are neither read nor given a gradient.
+static void test_loss_ragged(SoftcapKind kind, int V) {
+    const int R = 3, ld = loss_stride(V);
+    double *z = test_doubles((size_t)R * V), *dz = test_doubles((size_t)R * V), losses[3];
+    double* padded = test_doubles((size_t)R * ld);
+    int targets[3] = {0, V - 1, V / 2};
+    test_fill_normal(z, (size_t)R * V, 8, 3.0);
+    oracle_cross_entropy(dz, losses, z, targets, R, V, kind, 30, 1.0);
+    double* want = test_doubles((size_t)R * ld);
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < ld; v++) {
+            padded[r * ld + v] = v < V ? z[r * V + v] : 100;
+            want[r * ld + v] = v < V ? dz[r * V + v] : 0;
+        }
+    }
+    floatX* z_d = test_upload(padded, (size_t)R * ld);
+    float* losses_d = test_device_float(R);
+    int* targets_d = test_upload_int(targets, R);
+    cross_entropy(z_d, losses_d, targets_d, R, V, kind, 30.0f, 1.0f, true, 0);
+    char what[64];
+    snprintf(what, sizeof what, "cross_entropy V=%d: loss", V);
+    // a sum of V exponentials of arguments up to 20: 64 units in the last place and the cap's own 30 u
+    test_compare_device_float(what, losses_d, losses, R, 30 * 0x1p-23, 64 * 0x1p-24);
+    snprintf(what, sizeof what, "cross_entropy V=%d: gradient", V);
+    test_compare_device(what, z_d, want, (size_t)R * ld, 64 * 0x1p-24, TEST_EPS + 256 * 0x1p-24);
+    free(z), free(dz), free(padded), free(want);
+    cudaFree(z_d), cudaFree(losses_d), cudaFree(targets_d);
+}
+
 // Row 0 holds a NaN, row 1 is ignored though it does, row 2 has a target outside the vocabulary,
 // row 3 one below it, row 4 is well, row 5 is masked out (-inf) except at two columns.
 static void test_loss_nan(SoftcapKind kind, int V) {
@@ -273,6 +302,9 @@ static void test_loss(void) {
     for (int k = 0; k < 3; k++) {
         test_loss_nan((SoftcapKind)k, 256);
         test_loss_nan((SoftcapKind)k, 5000);
+        test_loss_ragged((SoftcapKind)k, 3);
+        test_loss_ragged((SoftcapKind)k, 77);
+        test_loss_ragged((SoftcapKind)k, 2501);
     }
     test_loss_exact(16);
     test_loss_exact(512);

@@ -140,8 +140,8 @@ static const char* const TINY[] = {"--layers", "4", "--heads", "2", "--channels"
 static const char* const WIDE[] = {"--layers", "2", "--heads", "1", "--channels", "128", "--vocab", "64", "--seq-len", "70",
                                    "--micro-batch", "1", "--batch-tokens", "70", "--norm-eps", "1.1920929e-7",
                                    "--qk-norm-eps", "1.1920929e-7", "--bf16-tables", "0", NULL};
-static const char* const ODD[] = {"--layers", "2", "--heads", "3", "--channels", "96", "--vocab", "72", "--seq-len", "5",
-                                  "--micro-batch", "3", "--batch-tokens", "15", "--norm-eps", "1.1920929e-7",
+static const char* const ODD[] = {"--layers", "2", "--heads", "3", "--channels", "96", "--vocab", "75", "--seq-len", "29",
+                                  "--micro-batch", "3", "--batch-tokens", "87", "--norm-eps", "1.1920929e-7",
                                   "--qk-norm-eps", "1.1920929e-7", "--bf16-tables", "0", NULL};
 
 // ---- properties of a step ------------------------------------------------------------------

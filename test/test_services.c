@@ -312,8 +312,6 @@ static void test_flags(void) {
         { "--channels 768 --heads 4", "is a head of 192 channels; it must be 32, 64 or 128",
           "with these channels: --heads 6 (heads of 128)" },
         { "--channels 100 --heads 2", "is a head of 50 channels", "multiples of 32" },
-        { "--vocab 50257", "--vocab 50257 is not a multiple of 8",
-          "nearest that fit: 50256 and 50264" },
         { "--layers 3 --skips 1", "--skips 1 pairs the layers, but --layers 3 is odd", "2 and 4" },
         { "--val x", "--train is missing", "text_to_shards" },
         { "--train x", "--val is missing", "text_to_shards" }
