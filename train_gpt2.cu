@@ -1064,7 +1064,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     int64_t step = 0;
     for (;; step++) {
         bool last = step == cfg->steps || interrupted;
-        if (last || (cfg->val_every && step % cfg->val_every == 0)) {
+        if (last || step % cfg->val_every == 0) {
             val_loss = evaluate(m, val);
             log_val(log, step, val_loss, clock_seconds(&clock));
         }
