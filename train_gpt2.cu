@@ -1064,6 +1064,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     int64_t step = 0;
     for (;; step++) {
         bool last = step == cfg->steps || interrupted;
+        if (last) save_step(m, step, "");      // first: a second Ctrl-C must not cost the weights
         if (last || step % cfg->val_every == 0) {
             val_loss = evaluate(m, val);
             log_val(log, step, val_loss, clock_seconds(&clock));
@@ -1109,7 +1110,6 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
                         (step + 1) * cfg->batch_tokens};
         log_train(log, &line);
     }
-    save_step(m, step, "");
     if (cfg->sample_every) sample(m, log, step, (int)cfg->sample_tokens);
     note_memory(m, log);
     log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
@@ -1126,29 +1126,28 @@ int main(int argc, char** argv) {
     static Log log;
     settings_parse(&cfg, argc, argv);
     settings_check(&cfg, 1);
-    model_build(&model, &cfg);
-    if (cfg.dry_run) {
-        settings_print(stdout, &cfg);
-        print_model(stdout, &model);
-        return 0;
-    }
-    model_start(&model);
-    if (cfg.load[0]) weights_load(&model, cfg.load);
     bool sample_only = cfg.load[0] && !cfg.train[0];
-    log_open(&log, &cfg);
+    Loader data;
+    ValLoader val;
+    if (!cfg.dry_run && !sample_only) {      // what is wrong with the data shows before the long part
+        loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), (int)cfg.micro_batch,
+                    (int)cfg.seq_len, 0, 1, (int)cfg.vocab, cfg.batching, (int)cfg.data_ranks);
+        val_open(&val, cfg.val, cfg.val_tokens, (int)cfg.micro_batch, (int)cfg.seq_len, 0, 1,
+                 (int)cfg.vocab);
+    }
+    model_build(&model, &cfg);
     settings_print(stdout, &cfg);
     print_model(stdout, &model);
+    if (cfg.dry_run) return 0;
+    model_start(&model);
+    if (cfg.load[0]) weights_load(&model, cfg.load);
+    log_open(&log, &cfg);
     if (sample_only) {
         sample(&model, &log, 0, (int)cfg.sample_tokens);
         log_close(&log);
+        model_free(&model);
         return 0;
     }
-
-    Loader data;
-    ValLoader val;
-    loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), model.B, model.T, 0, 1,
-                model.V, cfg.batching, (int)cfg.data_ranks);
-    val_open(&val, cfg.val, cfg.val_tokens, model.B, model.T, 0, 1, model.V);
     loader_describe(stdout, &data);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
