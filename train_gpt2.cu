@@ -205,6 +205,7 @@ typedef struct Model {
     cudaStream_t stream;
     Memory memory[MAX_MEMORY];       // what was allocated for what
     int memories;
+    size_t host_bytes;               // pinned buffers, and a tensor on its way to a file
     void* allocation[MAX_ALLOCATIONS];
     int allocations;
 } Model;
@@ -418,6 +419,13 @@ static void model_build(Model* m, const Settings* cfg) {
     m->muon_scratch = device_alloc(m, "Newton-Schulz", m->muon_scratch_bytes);
     device_count(m, "matmul workspace", MATMUL_WORKSPACE_BYTES);
     device_count(m, "scratch", embedding_index_bytes(m->B * m->T, m->C));
+
+    size_t tensor = 0;
+    for (int b = 0; b < BANKS; b++) {
+        size_t elements = (size_t)m->banks[b].rows * m->banks[b].cols;
+        if (elements > tensor) tensor = elements;
+    }
+    m->host_bytes = 2 * (size_t)m->B * m->T * sizeof(int) + tensor * sizeof(float);
 }
 
 static void zero_fill(Model* m, void* p, size_t bytes) {
@@ -1026,15 +1034,16 @@ static void print_model(FILE* out, const Model* m) {
     for (int i = 0; i < m->memories; i++)
         fprintf(out, "  %-18s %10.1f MiB\n", m->memory[i].name, m->memory[i].bytes / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", memory_total(m) / 1048576.0);
+    fprintf(out, "  %-18s %10.1f MiB\n", "and on the host", m->host_bytes / 1048576.0);
 }
 
-// What the table said against what the system counted. On the CPU device memory is the process's
-// own.
+// What the table said against what the system counted: on the CPU the device's memory is the
+// process's own.
 static void note_memory(const Model* m, Log* log) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     log_note(log, "memory: %.1f MiB by the table, process peak %.1f MiB",
-             memory_total(m) / 1048576.0, usage.ru_maxrss / 1024.0);
+             (memory_total(m) + m->host_bytes) / 1048576.0, usage.ru_maxrss / 1024.0);
 }
 
 // ---- train
@@ -1069,8 +1078,8 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
             val_loss = evaluate(m, val);
             log_val(log, step, val_loss, clock_seconds(&clock));
         }
-        if (cfg->sample_every && step && step % cfg->sample_every == 0 && !last)
-            sample(m, log, step, (int)cfg->sample_tokens);
+        bool every = cfg->sample_every && step && step % cfg->sample_every == 0;
+        if (every && cfg->sample_tokens && !last) sample(m, log, step, (int)cfg->sample_tokens);
         if (cfg->save_every && step && step % cfg->save_every == 0 && !last) {
             char suffix[32];
             snprintf(suffix, sizeof suffix, "_%06" PRId64, step);
@@ -1110,7 +1119,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
                         (step + 1) * cfg->batch_tokens};
         log_train(log, &line);
     }
-    if (cfg->sample_every) sample(m, log, step, (int)cfg->sample_tokens);
+    if (cfg->sample_tokens) sample(m, log, step, (int)cfg->sample_tokens);
     note_memory(m, log);
     log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
     return val_loss;

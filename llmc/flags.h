@@ -83,7 +83,7 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(INT, val_tokens, 10485760, 0, 1e12, "tokens", \
       "predictions in the validation loss; 0: all there are") \
     F(INT, sample_every, 0, 0, 1e9, "steps", "steps between samples of text; 0: at the end alone") \
-    F(INT, sample_tokens, 64, 0, 1e6, "tokens", \
+    F(INT, sample_tokens, 0, 0, 1e6, "tokens", \
       "length of a sample; 0: none, not even at the end") \
     F(REAL, sample_temperature, 0.8, 0, 100, "", "of a sample; 0: the likeliest token") \
     F(INT, sample_top_k, 50, 0, 65536, "tokens", \
@@ -532,6 +532,9 @@ static inline void settings_check(const Settings* s, int world) {
             "--skips 1 pairs the layers, but --layers %" PRId64 " is odd\nnearest that fit: %s",
             s->layers, nearest_multiples(near, sizeof near, s->layers, 2));
     bool sample_only = *s->load && !*s->train;
+    REQUIRE(s->dry_run || !sample_only || s->sample_tokens > 0,
+            "--load without --train prints a sample, and --sample-tokens is 0\n"
+            "say how long it should be, or give --train and --val");
     REQUIRE(s->dry_run || sample_only || *s->train,
             "--train is missing: the token shards to train on\n"
             "dev/text_to_shards makes them from text files");

@@ -323,7 +323,7 @@ static void test_flags(void) {
     expect_death("ranks count in the batch", check_two_ranks, (void*)"--batch-tokens 65536",
                  "2 ranks x --micro-batch 64 x --seq-len 1024 = 131072",
                  "nearest that fit: 131072;");
-    static const char* const FINE[] = { "--train x --val y", "--dry-run", "--load m.safetensors",
+    static const char* const FINE[] = { "--train x --val y", "--dry-run", "--load m.safetensors --sample-tokens 9",
                                         "--dry-run --layers 3",
                                         "--dry-run --channels 64 --heads 2" };
     for (size_t i = 0; i < sizeof FINE / sizeof *FINE; i++) {
@@ -1043,6 +1043,25 @@ static void expect_refusal(const char* json, int data_bytes, const char* wanted)
 
 #define F32_ENTRY "{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}"
 
+// Names of other writers: escapes of two, three and four bytes of UTF-8, a surrogate pair among them.
+static void test_safetensors_escapes(void) {
+    const char* path = path_of("escapes.safetensors");
+    const char* json = "{\"\\u00e9\\u20ac\\ud83d\\ude00\\/\":" F32_ENTRY "}";
+    char bytes[256], problem[512] = "";
+    uint64_t n = (strlen(json) + 7) / 8 * 8;
+    memset(bytes, ' ', sizeof bytes);
+    memcpy(bytes, &n, 8);
+    memcpy(bytes + 8, json, strlen(json));
+    write_file(path, bytes, 8 + n + 8);
+    SafeFile f;
+    if (!test_true("escapes in a name", safetensors_try_open(&f, path, problem, sizeof problem))) {
+        printf("      problem: %s\n", problem);
+        return;
+    }
+    test_true("a name of escapes", safetensors_find(&f, "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80/") != NULL);
+    safetensors_close(&f);
+}
+
 static void test_safetensors_errors(void) {
     make_tensors(path_of("t.safetensors"));
     expect_death("an absent tensor", get_absent, (void*)"nosuch",
@@ -1609,6 +1628,7 @@ int main(int argc, char** argv) {
     if (test_group("loader: errors")) test_loader_errors();
     if (test_group("loader: val")) test_val();
     if (test_group("safetensors")) test_safetensors();
+    if (test_group("safetensors: escapes")) test_safetensors_escapes();
     if (test_group("safetensors: errors")) test_safetensors_errors();
     if (test_group("safetensors: mutations")) test_safetensors_mutations();
     if (test_group("rng")) test_rng();
