@@ -1,7 +1,7 @@
 /*
 How fast each kernel is, and how long a training step of the 124M model takes.
 
-    bench [kernels|step|all]      (all)
+    bench [all|step|kernels [part of a name]]
 
 On a CPU: a row per kernel, the best of several repetitions, on one core and on all, and beside it
 what the host layer aims at on one core in fp32; then optimizer steps of the recipe `modern`, each
@@ -79,15 +79,19 @@ enum { BENCH_PASSES = 2 };
 static void bench_pass(int pass) { host_set_threads(pass == 0 ? 1 : 0); }
 #endif
 
+static const char* bench_only = "";
+
 static Row row_begin(const char* name, const char* shape, Unit unit, double work, double bytes,
                      double aim) {
     Row r = {};
     r.name = name;
     snprintf(r.shape, sizeof r.shape, "%s", shape);
     r.unit = unit, r.work = work, r.bytes = bytes, r.aim = aim;
-    CUDA_CHECK(cudaEventCreate(&r.start));
-    CUDA_CHECK(cudaEventCreate(&r.end));
     r.calls = -1;
+    if (strstr(name, bench_only)) {
+        CUDA_CHECK(cudaEventCreate(&r.start));
+        CUDA_CHECK(cudaEventCreate(&r.end));
+    }
     return r;
 }
 
@@ -121,6 +125,7 @@ static void row_print(const Row* r) {
 
 // Each pass: a call to warm up, then at least five and a fifth of a second, at most a thousand.
 static bool row_again(Row* r) {
+    if (!strstr(r->name, bench_only)) return false;
     if (r->calls >= 0) {
         float ms;
         CUDA_CHECK(cudaEventRecord(r->end, stream));
@@ -257,7 +262,8 @@ static void bench_loss(int R, int V) {
 }
 
 static void bench_optimizers(size_t n, Matmul* mm) {
-    float *g = bench_floats(n), *m = bench_floats(n), *v = bench_floats(n), *master = bench_floats(n);
+    float *g = bench_floats(n), *m = bench_floats(n), *v = bench_floats(n);
+    float* master = bench_floats(n);
     float* partial = bench_floats(grad_norm_scratch_floats(n) + 4);
     floatX* p = bench_tensor(n);
     CUDA_CHECK(cudaMemset(v, 0, n * sizeof(float)));
@@ -382,33 +388,49 @@ static void bench_kernels(void) {
 
 // ---- a step --------------------------------------------------------------------------------
 
-// The profile's rows that take at least 1 % of the step, products of matrices also as one.
-static void print_shares(double seconds) {
+// Profile of a step, kept while it is the best.
 #ifndef __CUDACC__
+static HostProfileRow kept_rows[512];
+static int kept_count;
+
+static void profile_start(void) { host_profile(true); }
+static void profile_keep(bool best) {
     const HostProfileRow* rows;
-    int count = host_profile_rows(&rows), small = 0;
+    int count = host_profile_rows(&rows);
+    host_profile(false);
+    if (!best) return;
+    kept_count = count;
+    memcpy(kept_rows, rows, count * sizeof *rows);
+}
+
+// What takes at least 1 % of the step. Products of matrices also as one.
+static void profile_print(double seconds) {
     double matmuls = 0, inside = 0, rest = 0;
-    for (int i = 0; i < count; i++) {
-        inside += rows[i].seconds;
-        if (!strncmp(rows[i].name, "matmul", 6)) matmuls += rows[i].seconds;
+    int small = 0;
+    for (int i = 0; i < kept_count; i++) {
+        inside += kept_rows[i].seconds;
+        if (!strncmp(kept_rows[i].name, "matmul", 6)) matmuls += kept_rows[i].seconds;
     }
     printf("    %6.1f%% matrix products, %.1f%% other kernels, %.1f%% outside\n",
            100 * matmuls / seconds, 100 * (inside - matmuls) / seconds,
            100 * (seconds - inside) / seconds);
-    for (int i = 0; i < count; i++) {
-        if (rows[i].seconds < 0.01 * seconds) {
-            rest += rows[i].seconds;
+    for (int i = 0; i < kept_count; i++) {
+        const HostProfileRow* r = &kept_rows[i];
+        if (r->seconds < 0.01 * seconds) {
+            rest += r->seconds;
             small++;
-            continue;
+        } else {
+            printf("    %6.1f%% %8.1f ms %6ld x %s\n", 100 * r->seconds / seconds,
+                   1e3 * r->seconds, r->calls, r->name);
         }
-        printf("    %6.1f%% %8.1f ms %6ld x %s\n", 100 * rows[i].seconds / seconds,
-               1e3 * rows[i].seconds, rows[i].calls, rows[i].name);
     }
     printf("    %6.1f%% %8.1f ms %6d others\n", 100 * rest / seconds, 1e3 * rest, small);
-#else
-    (void)seconds;
-#endif
 }
+#else
+static void profile_start(void) {}
+static void profile_keep(bool) {}
+static void profile_print(double) {}
+#endif
 
 static void bench_step(const char* optimizer, int B, int T, int steps, const char* peers) {
     static Settings cfg;
@@ -429,9 +451,7 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
         batch_wait(&model);
         bench_tokens(model.tokens_host, N, model.V, 2 * step);
         bench_tokens(model.targets_host, N, model.V, 2 * step + 1);
-#ifndef __CUDACC__
-        host_profile(true);
-#endif
+        profile_start();
         double begin = clock_now();
         micro_step(&model, 0, 1.0f / (float)N);
         StepStats stats = step_stats(&model);
@@ -439,34 +459,35 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
         update(&model, step + 1, now);
         CUDA_CHECK(cudaStreamSynchronize(model.stream));
         double seconds = clock_now() - begin;
-#ifndef __CUDACC__
-        host_profile(false);
-#endif
-        if (step == 0 || seconds < best) best = seconds;
-        if (step + 1 < steps) continue;
-        printf("\n%s %s, B=%d T=%d: %.3f s per step, %.0f tokens/s%s\n", optimizer,
-               FLOATX_IS_BF16 ? "bf16" : "fp32", B, T, best, N / best, peers);
-        print_shares(seconds);      // of the last step, which may not be the best
-        fflush(stdout);
+        bool better = step == 0 || seconds < best;
+        if (better) best = seconds;
+        profile_keep(better);
     }
+    printf("\n%s %s, B=%d T=%d: %.3f s per step, %.0f tokens/s%s\n", optimizer,
+           FLOATX_IS_BF16 ? "bf16" : "fp32", B, T, best, B * T / best, peers);
+    profile_print(best);
+    fflush(stdout);
     model_free(&model);
 }
 
 static void bench_steps(void) {
     bench_step("adamw", 4, 64, 3,
-               "\n    others on two cores: PyTorch fp32 2.07 s, llm.c's train_gpt2.c 5.0 s, its "
-               "matrix products alone 1.0 s");
+               "\n    others on two cores: PyTorch fp32 2.07 s, llm.c's train_gpt2.c 5.0 s; "
+               "the matrix products alone 1.0 s");
     bench_step("adamw", 4, 256, 3,
-               "\n    others on two cores: PyTorch fp32 6.79 s, llm.c's train_gpt2.c 26 s, its "
-               "matrix products alone 4.0 s");
+               "\n    others on two cores: PyTorch fp32 6.79 s, llm.c's train_gpt2.c 26 s; "
+               "the matrix products alone 4.0 s");
     bench_step("muon", 4, 64, 2, "");
 }
 
 int main(int argc, char** argv) {
     program_name = "bench";
     const char* what = argc > 1 ? argv[1] : "all";
-    bool kernels = !strcmp(what, "kernels"), step = !strcmp(what, "step"), all = !strcmp(what, "all");
-    REQUIRE(argc <= 2 && (kernels || step || all), "bench [kernels|step|all], not %s", what);
+    bool kernels = !strcmp(what, "kernels"), step = !strcmp(what, "step");
+    bool all = !strcmp(what, "all");
+    REQUIRE(argc <= 2 + kernels && (kernels || step || all),
+            "usage: bench [all|step|kernels [part of a name]]");
+    if (argc > 2) bench_only = argv[2];
     if (kernels || all) bench_kernels();
     if (step || all) bench_steps();
     return 0;

@@ -98,10 +98,13 @@ static __device__ inline bool attention_visible(int query, int key) {
 
 enum AttentionView { VIEW_NONE, VIEW_PART, VIEW_ALL };
 
-// What the queries first_query .. + queries - 1 see of the keys first_key .. + keys - 1.
+// What the queries first_query .. + queries - 1 see of the keys first_key .. + keys - 1. A tile
+// that begins beyond T holds nothing: its warp has no work.
 static __device__ inline AttentionView attention_view(int first_query, int queries, int first_key,
-                                                      int keys) {
-    if (first_key > first_query + queries - 1) return VIEW_NONE;
+                                                      int keys, int T) {
+    if (first_key > first_query + queries - 1 || first_query >= T || first_key >= T) {
+        return VIEW_NONE;
+    }
     return first_key + keys - 1 <= first_query ? VIEW_ALL : VIEW_PART;
 }
 
@@ -286,7 +289,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
     }
     for (; first_key >= range.first * KEYS; first_key -= KEYS) {
         float s[MT][KEYS / 8][4];
-        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
+        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS, T);
         cp_async_wait<0>();
         __syncthreads();
         attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
@@ -323,21 +326,26 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
 
 // ---- backward ------------------------------------------------------------------------------
 
-// delta = sum_d(dout out). D/8 lanes per row of D, eight elements each; one row per query and head.
+// delta = sum_d(dout out), one row per query and head. D/32 lanes per row, each with four times
+// eight elements.
 template <int D>
 static __global__ void attention_delta_kernel(float* delta, const floatX* dout, const floatX* out,
-                                              size_t rows, int T, int H) {
-    constexpr int W = D / 8;
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / W;
-    float sum = 0;
-    if (row < rows) {                                  // lanes beyond the end still join the sum
-        float8 x = load8(dout + 8 * i), y = load8(out + 8 * i);
-        for (int j = 0; j < 8; j++) sum += x.v[j] * y.v[j];
+                                              unsigned rows, unsigned T, unsigned H) {
+    constexpr int W = D / 32;
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / W;
+    float8 sums = {};
+    for (int k = 0; k < 4 && row < rows; k++) {        // lanes beyond the end still join the sum
+        size_t here = (size_t)row * D + 8 * (i % W + W * k);
+        float8 x = load8(dout + here), y = load8(out + here);
+        for (int j = 0; j < 8; j++) sums.v[j] += x.v[j] * y.v[j];
     }
-    sum = warp_sum<W>(sum);
+    for (int half = 4; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) sums.v[j] += sums.v[j + half];
+    }
+    float sum = warp_sum<W>(sums.v[0]);
     if (row < rows && i % W == 0) {
-        size_t n = row / H, h = row % H;
-        delta[(n / T * H + h) * T + n % T] = sum;
+        unsigned n = row / H, h = row % H;
+        delta[((size_t)(n / T) * H + h) * T + n % T] = sum;
     }
 }
 
@@ -376,7 +384,7 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
         int parity = (m - range.first) & 1;
         floatX* q_tile = q_tiles + parity * QUERIES * LD;
         const float* lse_tile = lse_tiles + parity * QUERIES;
-        AttentionView view = attention_view(first_query, QUERIES, warp_key, ROWS);
+        AttentionView view = attention_view(first_query, QUERIES, warp_key, ROWS, T);
         float s[MT][NT][4], ds[MT][NT][4];
         cp_async_wait<0>();
         __syncthreads();
@@ -468,7 +476,7 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
     }
     for (; first_key >= range.first * KEYS; first_key -= KEYS) {
         float s[MT][NT][4], ds[MT][NT][4];
-        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS);
+        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS, T);
         cp_async_wait<0>();
         __syncthreads();
         attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
@@ -555,8 +563,11 @@ static inline void attention_backward_dim(floatX* dq, floatX* dk, floatX* dv, fl
                                           float scale, cudaStream_t stream) {
     typedef AttentionTiles<D> Tiles;
     size_t rows = (size_t)B * T * H;
-    launch<attention_delta_kernel<D>>(dim3((unsigned)ceil_div(rows * (D / 8), 256)), dim3(256), 0,
-                                      stream, delta, dout, out, rows, T, H);
+    REQUIRE(rows <= UINT32_MAX / 8, "attention takes up to 2^29 queries times heads, got %zu",
+            rows);
+    launch<attention_delta_kernel<D>>(dim3((unsigned)ceil_div(rows * (D / 32), 256)), dim3(256), 0,
+                                      stream, delta, dout, out, (unsigned)rows, (unsigned)T,
+                                      (unsigned)H);
     dim3 key_grid((unsigned)ceil_div(T, Tiles::DKV_KEYS), H, B);
     launch<attention_dkv_kernel<D>>(key_grid, dim3(ATTENTION_BLOCK), Tiles::DKV_SMEM, stream, dk,
                                     dv, dout, lse, delta, q, k, v, T, ldqk, ldv, lddqk, lddv,

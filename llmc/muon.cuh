@@ -46,7 +46,7 @@ typedef enum MuonScale { MUON_SCALE_MAX_DIM, MUON_SCALE_ASPECT } MuonScale;
 // 16 matrices of 768x768 have 16 x 36 tiles of 128x128: four for each of 132 multiprocessors.
 constexpr int MUON_SLICE = 16;
 constexpr int MUON_THREADS = 128;
-constexpr int MUON_PASSES = 8;    // of 8 elements: eight to share the cost of the sum over a block
+constexpr int MUON_PASSES = 16;   // of 8 elements, to share the cost of the sum over a block
 constexpr size_t MUON_BLOCK_ELEMENTS = (size_t)MUON_THREADS * MUON_PASSES * 8;
 constexpr float MUON_EPS = 1e-7f;
 constexpr float MUON_A = 3.4445f, MUON_B = -4.7750f, MUON_C = 2.0315f;
@@ -105,7 +105,7 @@ static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial,
     DYN_SMEM(float, scratch);
     size_t matrix = blockIdx.y * n;
     size_t begin = blockIdx.x * MUON_BLOCK_ELEMENTS + threadIdx.x * 8;
-    float sum = 0.0f;
+    float8 squares = {};
     for (int pass = 0; pass < MUON_PASSES; pass++) {
         size_t i = begin + (size_t)pass * MUON_THREADS * 8;
         if (i >= n) break;
@@ -121,18 +121,14 @@ static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial,
             }
             store8(m + i, m8);
         }
-        float squares[8];
-        for (int j = 0; j < 8; j++) {
-            if (FLOATX_IS_BF16) u.v[j] = round_bf16(u.v[j]);
-            squares[j] = u.v[j] * u.v[j];
-        }
-        for (int half = 4; half > 0; half /= 2) {
-            for (int j = 0; j < half; j++) squares[j] += squares[j + half];
-        }
-        sum += squares[0];
+        for (int j = 0; j < 8 && FLOATX_IS_BF16; j++) u.v[j] = round_bf16(u.v[j]);
+        for (int j = 0; j < 8; j++) squares.v[j] += u.v[j] * u.v[j];
         store8(x + i, u);
     }
-    sum = block_sum(sum, scratch);
+    for (int half = 4; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) squares.v[j] += squares.v[j + half];
+    }
+    float sum = block_sum(squares.v[0], scratch);
     if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 

@@ -10,8 +10,8 @@ reads two floats when it needs them.
 out         2 floats
 g           n floats, any n, aligned to 16 bytes
 scratch     grad_norm_scratch_floats(n) floats
-order       A block sums 16384 neighbouring elements and one more block sums the blocks: a fixed
-            tree, so equal gradients have equal bits. A term passes through at most 32 + n/2^21
+order       A block sums 65536 neighbouring elements and one more block sums the blocks: a fixed
+            tree, so equal gradients have equal bits. A term passes through at most 86 + n/2^23
             roundings of 2^-24 each, and all terms are positive: that is the relative error of
             out[0] at most, 1e-5 for 2^28 elements.
 overflow    A sum above 3.4e38 is infinite while out[1] stays 0; out[1] is exact up to 2^24.
@@ -24,8 +24,9 @@ test        test/cases_optimizer.h: norm
 #include "device.cuh"
 
 constexpr int NORM_THREADS = 128;
-constexpr int NORM_PASSES = 8;    // of 16 elements per thread: a whole cache line each
-constexpr size_t NORM_BLOCK_ELEMENTS = (size_t)NORM_THREADS * NORM_PASSES * 16;
+constexpr int NORM_PASSES = 32;   // of 16 elements per thread: a whole cache line each
+constexpr size_t NORM_STEP = (size_t)NORM_THREADS * 16;
+constexpr size_t NORM_BLOCK_ELEMENTS = NORM_PASSES * NORM_STEP;
 
 static inline size_t grad_norm_scratch_floats(size_t n) {
     return 2 * ceil_div(n, NORM_BLOCK_ELEMENTS);
@@ -39,25 +40,26 @@ static __device__ __forceinline__ bool is_finite(float x) {
 static __global__ void grad_norm_kernel(float* partial, const float* g, size_t n) {
     DYN_SMEM(float, scratch);
     size_t begin = blockIdx.x * NORM_BLOCK_ELEMENTS + threadIdx.x * 16;
-    float sum = 0.0f;
-    for (int pass = 0; pass < NORM_PASSES; pass++) {
-        size_t i = begin + (size_t)pass * NORM_THREADS * 16;
+    size_t end = begin + NORM_BLOCK_ELEMENTS;
+    float8 sums = {};
+    float tail = 0.0f;
+    for (size_t i = begin; i < end; i += NORM_STEP) {
         if (i + 16 <= n) {
             float8 x = load8(g + i), y = load8(g + i + 8);
-            float squares[8];
-            for (int j = 0; j < 8; j++) squares[j] = x.v[j] * x.v[j] + y.v[j] * y.v[j];
-            for (int j = 0; j < 4; j++) squares[j] += squares[j + 4];
-            sum += (squares[0] + squares[2]) + (squares[1] + squares[3]);
+            for (int j = 0; j < 8; j++) sums.v[j] += x.v[j] * x.v[j];
+            for (int j = 0; j < 8; j++) sums.v[j] += y.v[j] * y.v[j];
         } else {
-            for (; i < n; i++) sum += g[i] * g[i];
+            for (size_t k = i; k < n && k < i + 16; k++) tail += g[k] * g[k];
         }
     }
-    sum = block_sum(sum, scratch);
+    for (int half = 4; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) sums.v[j] += sums.v[j + half];
+    }
+    float sum = block_sum(sums.v[0] + tail, scratch);
     float bad = 0.0f;
     if (!is_finite(sum)) {    // the same in all threads; a finite sum has finite terms
-        for (int pass = 0; pass < NORM_PASSES; pass++) {
-            size_t i = begin + (size_t)pass * NORM_THREADS * 16;
-            for (size_t end = i + 16; i < end && i < n; i++) bad += is_finite(g[i]) ? 0.0f : 1.0f;
+        for (size_t i = begin; i < end; i += NORM_STEP) {
+            for (size_t k = i; k < n && k < i + 16; k++) bad += is_finite(g[k]) ? 0.0f : 1.0f;
         }
         bad = block_sum(bad, scratch);
     }

@@ -25,8 +25,8 @@ test      test/cases_rotary.h
 sources   Su et al. 2021, "RoFormer", arXiv:2104.09864; Henry et al. 2020, "Query-Key
           Normalization", arXiv:2010.04245
 
-A head belongs to D/16 lanes, lane l with columns 8l.. of both halves: pairs never leave a lane, and
-the lanes of a head meet once, for the sum of squares.
+A head belongs to W = D/32 lanes, lane l with columns 8l.. and 8(l+W).. of both halves: pairs never
+leave a lane, and the lanes of a head meet once, for the sum of squares.
 */
 #pragma once
 #include "device.cuh"
@@ -43,10 +43,18 @@ static __device__ inline Pairs8 pairs_load(const floatX* head, int half) {
     return x;
 }
 
-static __device__ inline float pairs_dot(Pairs8 x, Pairs8 y) {
-    float sum = 0;
-    for (int j = 0; j < 8; j++) sum += x.a.v[j] * y.a.v[j] + x.b.v[j] * y.b.v[j];
-    return sum;
+// The sum over a lane's pairs of x y.
+static __device__ inline float pairs_dot(const Pairs8 (&x)[2], const Pairs8 (&y)[2]) {
+    float8 sums = {};
+    for (int k = 0; k < 2; k++) {
+        for (int j = 0; j < 8; j++) {
+            sums.v[j] += x[k].a.v[j] * y[k].a.v[j] + x[k].b.v[j] * y[k].b.v[j];
+        }
+    }
+    for (int half = 4; half > 0; half /= 2) {
+        for (int j = 0; j < half; j++) sums.v[j] += sums.v[j + half];
+    }
+    return sums.v[0];
 }
 
 // R x; with -sin in place of sin, Rᵀ x
@@ -61,52 +69,72 @@ static __device__ inline Pairs8 pairs_rotate(Pairs8 x, float8 c, float8 s) {
 
 template <int D>
 static __global__ void qknorm_rotary_forward_kernel(floatX* qk, float* rstd, const float* cos,
-                                                    const float* sin, size_t heads, int T, int H,
-                                                    int ld, float eps, bool norm_first) {
-    constexpr int W = D / 16, HALF = D / 2;
-    size_t i = (size_t)blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
+                                                    const float* sin, unsigned heads, unsigned T,
+                                                    unsigned H, int ld, float eps,
+                                                    bool norm_first) {
+    constexpr int W = D / 32, HALF = D / 2, STEP = 8 * W;
+    unsigned i = blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
     if (head >= heads) return;                         // all lanes of a head or none
-    size_t n = head / (2 * H);
-    int h = (int)(head % (2 * H)), column = (int)(i % W) * 8;
-    size_t entry = n % T * HALF + column;
-    floatX* here = qk + n * ld + h * D + column;
-    Pairs8 x = pairs_load(here, HALF);
-    Pairs8 y = pairs_rotate(x, load8(cos + entry), load8(sin + entry));
+    unsigned n = head / (2 * H), h = head % (2 * H), column = i % W * 8;
+    unsigned entry = n % T * HALF + column;
+    floatX* here = qk + (size_t)n * ld + h * D + column;
+    Pairs8 x[2], y[2];
+    for (int k = 0; k < 2; k++) {
+        float8 c = load8(cos + entry + k * STEP), s = load8(sin + entry + k * STEP);
+        x[k] = pairs_load(here + k * STEP, HALF);
+        y[k] = pairs_rotate(x[k], c, s);
+    }
     float mean = warp_sum<W>(norm_first ? pairs_dot(x, x) : pairs_dot(y, y)) / D;
     float scale = 1.0f / sqrtf(mean + eps);
-    for (int j = 0; j < 8; j++) {
-        y.a.v[j] *= scale;
-        y.b.v[j] *= scale;
+    for (int k = 0; k < 2; k++) {
+        for (int j = 0; j < 8; j++) {
+            y[k].a.v[j] *= scale;
+            y[k].b.v[j] *= scale;
+        }
+        store8(here + k * STEP, y[k].a);
+        store8(here + k * STEP + HALF, y[k].b);
     }
-    store8(here, y.a);
-    store8(here + HALF, y.b);
     if (column == 0) rstd[head] = scale;
 }
 
 template <int D>
 static __global__ void qknorm_rotary_backward_kernel(floatX* dqk, const floatX* qk,
                                                      const float* rstd, const float* cos,
-                                                     const float* sin, size_t heads, int T, int H,
-                                                     int ldd, int ld, bool norm_first) {
-    constexpr int W = D / 16, HALF = D / 2;
-    size_t i = (size_t)blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
+                                                     const float* sin, unsigned heads, unsigned T,
+                                                     unsigned H, int ldd, int ld, bool norm_first) {
+    constexpr int W = D / 32, HALF = D / 2, STEP = 8 * W;
+    unsigned i = blockIdx.x * ROTARY_BLOCK + threadIdx.x, head = i / W;
     if (head >= heads) return;
-    size_t n = head / (2 * H);
-    int h = (int)(head % (2 * H)), column = (int)(i % W) * 8;
-    size_t entry = n % T * HALF + column;
-    floatX* here = dqk + n * ldd + h * D + column;
-    Pairs8 dy = pairs_load(here, HALF), y = pairs_load(qk + n * ld + h * D + column, HALF);
-    float8 c = load8(cos + entry), s = load8(sin + entry);
-    float mean = warp_sum<W>(pairs_dot(dy, y)) / D, scale = rstd[head];
-    for (int j = 0; j < 8; j++) {
-        float g = norm_first ? c.v[j] * c.v[j] + s.v[j] * s.v[j] : 1.0f;
-        dy.a.v[j] = scale * (dy.a.v[j] - y.a.v[j] * (mean / g));
-        dy.b.v[j] = scale * (dy.b.v[j] - y.b.v[j] * (mean / g));
-        s.v[j] = -s.v[j];
+    unsigned n = head / (2 * H), h = head % (2 * H), column = i % W * 8;
+    unsigned entry = n % T * HALF + column;
+    floatX* here = dqk + (size_t)n * ldd + h * D + column;
+    const floatX* saved = qk + (size_t)n * ld + h * D + column;
+    Pairs8 dy[2], y[2];
+    for (int k = 0; k < 2; k++) {
+        dy[k] = pairs_load(here + k * STEP, HALF);
+        y[k] = pairs_load(saved + k * STEP, HALF);
     }
-    Pairs8 dx = pairs_rotate(dy, c, s);
-    store8(here, dx.a);
-    store8(here + HALF, dx.b);
+    float mean = warp_sum<W>(pairs_dot(dy, y)) / D, scale = rstd[head];
+    for (int k = 0; k < 2; k++) {
+        float8 c = load8(cos + entry + k * STEP), s = load8(sin + entry + k * STEP);
+        float8 part;                                   // mean / g; one loop each, so that g++ makes
+        for (int j = 0; j < 8; j++) {                  // vector code of them
+            part.v[j] = norm_first ? c.v[j] * c.v[j] + s.v[j] * s.v[j] : 1.0f;
+        }
+        for (int j = 0; j < 8; j++) part.v[j] = mean / part.v[j];
+        for (int j = 0; j < 8; j++) {
+            dy[k].a.v[j] = scale * (dy[k].a.v[j] - y[k].a.v[j] * part.v[j]);
+        }
+        for (int j = 0; j < 8; j++) {
+            dy[k].b.v[j] = scale * (dy[k].b.v[j] - y[k].b.v[j] * part.v[j]);
+        }
+        for (int j = 0; j < 8; j++) {
+            s.v[j] = -s.v[j];
+        }
+        Pairs8 dx = pairs_rotate(dy[k], c, s);
+        store8(here + k * STEP, dx.a);
+        store8(here + k * STEP + HALF, dx.b);
+    }
 }
 
 // ---- tables and launchers ------------------------------------------------------------------
@@ -133,14 +161,17 @@ static inline unsigned qknorm_rotary_blocks(const void* p, int N, int T, int H, 
     REQUIRE((uintptr_t)p % 16 == 0 && ld % 8 == 0 && ld >= 2 * H * D,
             "rotary needs q and k aligned to 16 bytes, got %p, in rows of a multiple of 8 and at "
             "least 2 H D = %d columns, got %d", p, 2 * H * D, ld);
-    return (unsigned)ceil_div((size_t)N * 2 * H * (D / 16), ROTARY_BLOCK);
+    size_t threads = (size_t)N * 2 * H * (D / 32);
+    REQUIRE(threads < UINT32_MAX - ROTARY_BLOCK && (size_t)T * D < UINT32_MAX,
+            "rotary takes fewer than 2^32 threads and tables of 2^32 entries, got N=%d T=%d", N, T);
+    return (unsigned)ceil_div(threads, ROTARY_BLOCK);
 }
 
 static inline void qknorm_rotary_forward(floatX* qk, float* rstd, const float* cos,
                                          const float* sin, int N, int T, int H, int D, int ld,
                                          float eps, bool norm_first, cudaStream_t stream) {
     dim3 grid(qknorm_rotary_blocks(qk, N, T, H, D, ld)), block(ROTARY_BLOCK);
-    size_t heads = (size_t)N * 2 * H;
+    unsigned heads = (unsigned)N * 2 * H;
     if (D == 32) {
         launch<qknorm_rotary_forward_kernel<32>>(grid, block, 0, stream, qk, rstd, cos, sin, heads,
                                                  T, H, ld, eps, norm_first);
@@ -160,7 +191,7 @@ static inline void qknorm_rotary_backward(floatX* dqk, const floatX* qk, const f
                                           int D, int ldd, int ld, bool norm_first,
                                           cudaStream_t stream) {
     dim3 grid(qknorm_rotary_blocks(dqk, N, T, H, D, ldd)), block(ROTARY_BLOCK);
-    size_t heads = (size_t)N * 2 * H;
+    unsigned heads = (unsigned)N * 2 * H;
     if (D == 32) {
         launch<qknorm_rotary_backward_kernel<32>>(grid, block, 0, stream, dqk, qk, rstd, cos, sin,
                                                   heads, T, H, ldd, ld, norm_first);

@@ -1,35 +1,45 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: installs, through apt, what building needs and this machine lacks.
-# need FILE-OR-COMMAND PACKAGE ...   pairs: when the first is not there, the second is installed.
-need() {
-    local missing=()
-    while [ $# -gt 1 ]; do
-        case "$1" in
-            */*) [ -e "$1" ] || missing+=("$2") ;;
-            *) command -v "$1" > /dev/null || missing+=("$2") ;;
-        esac
-        shift 2
-    done
-    [ ${#missing[@]} -eq 0 ] && return 0
+
+# install PACKAGE...: returns 1, with one message, where it cannot.
+install() {
+    [ $# -gt 0 ] || return 0
+    local sudo="" log
     if ! command -v apt-get > /dev/null; then
-        echo "this system has no apt-get; please install the equivalents of: ${missing[*]}" >&2
-        exit 1
+        echo "this system has no apt-get; please install its equivalents of: $*" >&2
+        return 1
     fi
-    local sudo=""
     if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo > /dev/null || { echo "need root or sudo to install: ${missing[*]}" >&2; exit 1; }
+        command -v sudo > /dev/null || { echo "need root or sudo to install: $*" >&2; return 1; }
         sudo="sudo"
     fi
-    echo "installing ${missing[*]}"
-    local log; log=$(mktemp)
-    if ! { $sudo apt-get update && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } > "$log" 2>&1; then
-        tail -5 "$log" >&2
-        echo "could not install: ${missing[*]}   (the whole output is in $log)" >&2
-        exit 1
+    echo "installing $*"
+    log=$(mktemp)
+    # Without the network update fails with warnings alone, and install then knows no package.
+    if ! { $sudo apt-get update &&
+           $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@"
+         } > "$log" 2>&1; then
+        grep -E '^(E:|W:|Err)' "$log" | tail -3 >&2
+        echo "could not install: $*   (the whole output is in $log)" >&2
+        return 1
     fi
     rm -f "$log"
 }
 
+has_dnnl() {
+    if command -v g++ > /dev/null; then
+        echo '#include <dnnl.h>' | g++ -E -x c++ - > /dev/null 2>&1
+    else
+        [ -e /usr/include/dnnl.h ]
+    fi
+}
+
+# A compiler, make, and the library of the CPU's matrix products.
 need_build_tools() {
-    need g++ g++ make make git git
-    command -v g++ > /dev/null && echo '#include <dnnl.h>' | g++ -E -x c++ - > /dev/null 2>&1 || need /dnnl.h libdnnl-dev
+    local missing=()
+    command -v g++ > /dev/null || missing+=(g++)
+    command -v make > /dev/null || missing+=(make)
+    has_dnnl || missing+=(libdnnl-dev)
+    install "${missing[@]}" || exit 1
+    has_dnnl || { echo "$(command -v g++) does not find dnnl.h: is libdnnl-dev (oneDNN) installed?" >&2; exit 1; }
 }

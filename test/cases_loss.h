@@ -295,8 +295,9 @@ static void test_exp2_8(void) {
 
 static void test_loss(void) {
     test_exp2_8();
-    const int sizes[][2] = {{1, 8}, {5, 64}, {3, 128}, {70, 256}, {3, 2056}, {4, 4096}, {3, 50304}};
-    for (int i = 0; i < 7; i++) test_loss_random(sizes[i][0], sizes[i][1]);
+    const int sizes[][2] = {{1, 8},    {5, 64},   {3, 128},  {70, 256},
+                            {7, 1000}, {3, 2056}, {4, 4096}, {3, 50304}};
+    for (int i = 0; i < 8; i++) test_loss_random(sizes[i][0], sizes[i][1]);
     test_loss_edges(128);
     test_loss_edges(5000);
     for (int k = 0; k < 3; k++) {

@@ -251,11 +251,11 @@ static void test_residual_add(size_t n) {
 }
 
 static void test_rmsnorm(void) {
-    // lanes per row 8, 16 and 32; C/8 a multiple of them and not; rows that do not fill a block;
+    // lanes per row 2, 4, .. 32; C/8 a multiple of them and not; rows that do not fill a block;
     // C beyond what a lane keeps in registers (1032, 2240)
     const int sizes[][2] = {{1, 64}, {33, 64}, {5, 96}, {3, 120}, {17, 128}, {7, 192}, {1, 256},
-                            {9, 768}, {21, 768}, {4, 1024}, {3, 1032}, {2, 2240}};
-    for (int i = 0; i < 12; i++) {
+                            {37, 384}, {9, 768}, {21, 768}, {4, 1024}, {3, 1032}, {2, 2240}};
+    for (int i = 0; i < 13; i++) {
         test_rmsnorm_forward_case(sizes[i][0], sizes[i][1], i % 2 ? 0x1p-7 : 0x1p-23, 1.0);
         test_rmsnorm_backward_case(sizes[i][0], sizes[i][1], i % 2 ? 1.0 : 0.25);
     }

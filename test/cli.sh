@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # test/cli.sh PROGRAM: the trainer as a user meets it, on shards made from this repository's own text.
-#   same flags, same seed: equal logs (times aside) and equal weights, twice and on 1 and 2 OS threads
+#   same flags, same seed: equal logs (times aside) and equal weights, twice, on 1 and 2 OS threads, in another order of execution
 #   log lines, saved weights, --load and samples, --dry-run, Ctrl-C, the words that bad input gets
 set -u
 program=$(realpath "$1")
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 tools=$(dirname "$program")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -24,20 +24,26 @@ tensor_bytes() {      # a safetensors file without its header, which names the o
 "$tools/text_to_shards" --out "$work/text" train_gpt2.cu llmc/*.cuh > /dev/null; check "text_to_shards" $?
 base=(--layers 2 --heads 2 --channels 64 --vocab 320 --seq-len 32 --micro-batch 4 --batch-tokens 256 --val-tokens 500 --val-every 4
       --steps 6 --batching stream --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
-run() {      # run NAME FLAGS...: a small run into $work/NAME, its words in $work/NAME.txt; FLAGS replace those of base
-    local name="$1" flags=() i; shift
+arguments() {      # arguments NAME FLAGS...: the command line of a small run into $work/NAME; FLAGS replace those of base
+    local name="$1" i; shift
+    line=("$program")
     for ((i = 0; i < ${#base[@]}; i += 2)); do
-        [[ " $* " == *" ${base[i]} "* ]] || flags+=("${base[i]}" "${base[i + 1]}")
+        [[ " $* " == *" ${base[i]} "* ]] || line+=("${base[i]}" "${base[i + 1]}")
     done
-    "$program" "${flags[@]}" --out "$work/$name" "$@" > "$work/$name.txt" 2>&1
+    line+=(--out "$work/$name" "$@")
+}
+run() {      # run NAME FLAGS...: its words into $work/NAME.txt
+    arguments "$@"
+    "${line[@]}" > "$work/$1.txt" 2>&1
 }
 
 # ---- equal runs ----------------------------------------------------------------------------
 for recipe in modern untied unet; do
     HOST_THREADS=1 run $recipe-1 --recipe $recipe; check "$recipe runs on one thread" $?
     HOST_THREADS=2 run $recipe-2 --recipe $recipe; check "$recipe runs on two threads" $?
-    HOST_THREADS=2 run $recipe-3 --recipe $recipe; check "$recipe runs again" $?
-    for other in 2 3; do
+    HOST_THREADS=2 HOST_LEAKS=1 run $recipe-3 --recipe $recipe; check "$recipe runs again and frees its memory" $?
+    HOST_SCHED=7 HOST_STREAMS=lazy run $recipe-4 --recipe $recipe; check "$recipe runs in another order" $?
+    for other in 2 3 4; do
         same "$recipe: log of run $other" <(without_times "$work/$recipe-1/log.txt") <(without_times "$work/$recipe-$other/log.txt")
         same "$recipe: weights of run $other" <(tensor_bytes "$work/$recipe-1/model.safetensors") \
              <(tensor_bytes "$work/$recipe-$other/model.safetensors")
@@ -74,13 +80,16 @@ has "dry run" "$work/dry.txt" 'parameters 123568128'
 has "dry run" "$work/dry.txt" 'memory in all'
 
 # ---- Ctrl-C --------------------------------------------------------------------------------
-run stopped --recipe modern --steps 100000 &
-for _ in $(seq 100); do grep -q '^step:8/' "$work/stopped/log.txt" 2> /dev/null && break; sleep 0.1; done
-pkill -TERM -P $! || kill -TERM $!
-wait $!; status=$?
-[ $status -eq 130 ]; check "SIGTERM ends the run with 130 (got $status)" $?
-[ -s "$work/stopped/model.safetensors" ]; check "and the weights are there" $?
-has "stopped" "$work/stopped/log.txt" '^RESULT'
+for signal in INT TERM; do
+    arguments stopped-$signal --recipe modern --steps 100000
+    "${line[@]}" > "$work/stopped-$signal.txt" 2>&1 &
+    for _ in $(seq 300); do grep -q '^step:8/' "$work/stopped-$signal/log.txt" 2> /dev/null && break; sleep 0.1; done
+    kill -$signal $!
+    wait $!; status=$?
+    [ $status -eq 130 ]; check "SIG$signal ends the run with 130 (got $status)" $?
+    [ -s "$work/stopped-$signal/model.safetensors" ]; check "SIG$signal: the weights are there" $?
+    has "SIG$signal" "$work/stopped-$signal/log.txt" '^RESULT'
+done
 
 # ---- bad input -----------------------------------------------------------------------------
 refused() {      # refused REGEX FLAGS...

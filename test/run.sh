@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# test/run.sh PROGRAM...: runs test programs one after another and adds up their closing lines.
-# Arguments of a program follow it after commas: build/fp32/test_golden,test/golden/r8_micro64
+# test/run.sh COMMAND...: runs test programs one after another and adds up their closing lines.
+# Arguments follow the program after commas: build/fp32/test_golden,test/golden/r8_micro64
+# RUN_UNDER is put before each command: RUN_UNDER="env HOST_SCHED=reverse" test/run.sh build/fp32/test_kernels
 set -u
+title() {      # title WORD...: the command without folders, at most 42 letters
+    local text; text=$(printf '%s ' "${@##*/}")
+    text=${text#env } text=${text% }
+    [ ${#text} -le 42 ] || text="${text:0:38} ..."
+    echo "$text"
+}
+read -r -a under <<< "${RUN_UNDER:-}"
 passed=0 failed=0 skipped=0
-for program in "$@"; do
-    IFS=, read -r -a command <<< "$program"
+for command in "$@"; do
+    IFS=, read -r -a words <<< "$command"
     status=0 start=$SECONDS
-    output=$("${command[@]}" 2>&1) || status=$?
-    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' <<< "$output" | tail -1)
-    grep -E '^(FAIL|skip)' <<< "$output"
-    printf '%-28s %s   (%d s)\n' "$(basename "${command[0]}")" "${line:-no closing line}" $((SECONDS - start))
+    output=$("${under[@]}" "${words[@]}" 2>&1) || status=$?
+    line=$(grep -aE '^[0-9]+ passed, [0-9]+ failed' <<< "$output" | tail -1)
+    grep -aE '^(FAIL|skip)' <<< "$output"
+    printf '%-44s %s   (%d s)\n' "$(title "${words[@]}")" "${line:-no closing line}" $((SECONDS - start))
     if [ -z "$line" ] || { [ $status -ne 0 ] && [[ "$line" == *" 0 failed"* ]]; }; then
         tail -20 <<< "$output"
-        echo "FAIL  ${command[*]}: exit status $status"
+        echo "FAIL  ${words[*]}: exit status $status"
         failed=$((failed + 1))
     fi
     [ -z "$line" ] && continue

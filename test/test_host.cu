@@ -892,6 +892,7 @@ static void test_planted(void) {
     expect_bug(e, "async_weak", 1, "wrong numbers", "");
     expect_bug("HOST_LEAKS=1", "leak", 70, "leak: 2048 bytes from cudaMalloc call 3", "");
     expect_bug("HOST_SCHED=x7", "blocks", 70, "HOST_SCHED is 'x7'", "");
+    expect_bug("HOST_PROFILE=1", "none", 0, " outside kernels", "planted_reuse_kernel");
     expect_bug("HOST_THREADS=0", "none", 70, "HOST_THREADS is '0'", "");
     expect_bug("HOST_STREAMS=later", "none", 70, "HOST_STREAMS is 'later'", "");
 #if defined(HOST_ASAN)
@@ -930,6 +931,43 @@ static void test_planted(void) {
               run_planted("", "streams", output, sizeof output) == 0);
 }
 
+// ---- profile -------------------------------------------------------------------------------
+
+static void test_profile(void) {
+    const HostProfileRow* rows;
+    int* count = ints(64);
+    unsigned* bad = (unsigned*)ints(1);
+    host_set_schedule(NULL);
+    launch<place_kernel>(dim3(1), dim3(64), 0, 0, count, bad);     // makes its stacks
+    host_profile(true);
+    for (int i = 0; i < 3; i++) launch<place_kernel>(dim3(1), dim3(64), 0, 0, count, bad);
+    double begin = host_profile_begin();
+    while (host_profile_begin() < begin + 2e-2) {
+    }
+    host_profile_end("a library", begin);
+    int n = host_profile_rows(&rows);
+    test_true("a row per name, the longest first",
+              n == 2 && !strcmp(rows[0].name, "a library") && !strcmp(rows[1].name, "place_kernel"));
+    test_true("calls", rows[0].calls == 1 && rows[1].calls == 3);
+    test_true("seconds", rows[0].seconds >= 2e-2 && rows[1].seconds > 0 && rows[1].seconds < 1);
+    char* text;
+    size_t size;
+    FILE* out = open_memstream(&text, &size);
+    host_profile_print(out);
+    fclose(out);
+    test_true("the table", strstr(text, "3 ") && strstr(text, "place_kernel\n") &&
+                               strstr(text, "outside kernels\n"));
+    free(text);
+    host_profile(false);
+    launch<place_kernel>(dim3(1), dim3(64), 0, 0, count, bad);
+    host_profile_end("another", host_profile_begin());
+    test_true("off", host_profile_begin() == 0 && host_profile_rows(&rows) == 2);
+    host_profile(true);
+    test_true("on again: from zero", host_profile_rows(&rows) == 0);
+    host_profile(false);
+    cudaFree(count), cudaFree(bad);
+}
+
 int main(int argc, char** argv) {
     if (argc == 3 && !strcmp(argv[1], "--planted")) return planted_main(argv[2]);
     own_path = argv[0];
@@ -946,6 +984,7 @@ int main(int argc, char** argv) {
     if (test_group("streams")) test_streams();
     if (test_group("pool")) test_pool();
     if (test_group("memory")) test_memory();
+    if (test_group("profile")) test_profile();
     if (test_group("planted")) test_planted();
     return test_summary();
 }

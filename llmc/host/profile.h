@@ -54,8 +54,8 @@ void host_profile_end(const char* name, double begin) {
 int host_profile_rows(const HostProfileRow** rows) {
     qsort(profile_table, (size_t)profile_count, sizeof(HostProfileRow),
           [](const void* a, const void* b) {
-              double x = ((const HostProfileRow*)a)->seconds, y = ((const HostProfileRow*)b)->seconds;
-              return (x < y) - (x > y);
+              const HostProfileRow *x = (const HostProfileRow*)a, *y = (const HostProfileRow*)b;
+              return (x->seconds < y->seconds) - (x->seconds > y->seconds);
           });
     *rows = profile_table;
     return profile_count;
@@ -69,8 +69,8 @@ void host_profile_print(FILE* out) {
     fprintf(out, "%10s %6s %9s %10s  %s\n", "seconds", "share", "calls", "us/call", "kernel");
     for (int i = 0; i < count; i++) {
         const HostProfileRow* r = &rows[i];
-        fprintf(out, "%10.3f %5.1f%% %9ld %10.1f  %s\n", r->seconds, 100 * r->seconds / wall, r->calls,
-                1e6 * r->seconds / (double)r->calls, r->name);
+        fprintf(out, "%10.3f %5.1f%% %9ld %10.1f  %s\n", r->seconds, 100 * r->seconds / wall,
+                r->calls, 1e6 * r->seconds / (double)r->calls, r->name);
     }
     fprintf(out, "%10.3f %5.1f%% %9s %10s  outside kernels\n%10.3f\n", wall - inside,
             100 * (wall - inside) / wall, "", "", wall);
