@@ -23,7 +23,7 @@ OPT       := $(if $(SAN),-O1,-O3 -march=native)
 # A warning is an error with the compiler whose warnings have been looked at; another one's do not stop a build.
 WERROR    := $(if $(filter 12,$(shell $(CXX) -dumpversion)),-Werror)
 # sqrt without errno vectorises; contraction into FMA is what nvcc does too. Never -ffast-math: it would drop NaN.
-HOST_FLAGS = -std=c++17 $(OPT) -g1 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-unknown-pragmas $(WERROR) \
+HOST_FLAGS = -std=c++17 $(OPT) -g1 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized $(WERROR) \
              -Illmc/host -I. $(if $(COV),--coverage -fprofile-update=atomic) $(EXTRA)
 SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer) $(if $(filter undefined,$(SAN)),-fno-sanitize-recover=all)
 SAN_DEFS   = $(if $(filter address,$(SAN)),-DHOST_ASAN) $(if $(filter thread,$(SAN)),-DHOST_TSAN)

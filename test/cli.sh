@@ -74,6 +74,14 @@ has "sample" "$work/sampled.txt" 'sample'
 run wrong --recipe unet --load "$work/saved/model.safetensors" --channels 128; check "a file of another shape is refused" $((! $?))
 has "wrong shape" "$work/wrong.txt" 'model.safetensors: .* shape'
 
+# ---- a weight that is not a number ---------------------------------------------------------
+cp "$work/saved/model.safetensors" "$work/nan.safetensors"
+printf '\000\000\300\177' | dd of="$work/nan.safetensors" bs=1 seek=$(($(stat -c %s "$work/nan.safetensors") - 4)) conv=notrunc 2> /dev/null
+run diverged --recipe unet --load "$work/nan.safetensors"; status=$?
+[ $status -eq 1 ]; check "a loss that is not finite ends the run with 1 (got $status)" $?
+has "not finite" "$work/diverged.txt" 'step 1: loss .*not finite'
+! [ -e "$work/diverged/model.safetensors" ]; check "and nothing is saved" $?
+
 # ---- dry run -------------------------------------------------------------------------------
 "$program" --recipe modern --dry-run > "$work/dry.txt" 2>&1; check "--dry-run of the record's own size" $?
 has "dry run" "$work/dry.txt" 'parameters 123568128'
