@@ -9,4 +9,4 @@ c++filt < "$1" | awk '
     /Used [0-9]+ registers/    { smem = 0
                                  for (i = 1; i <= NF; i++) { if ($i == "registers,") regs = $(i - 1); if ($i ~ /^smem/) smem = $(i - 2) }
                                  printf "%5d %7d %6d %6d  %s\n", regs, smem, stack, stores + loads, name }' |
-    sort -k5 | { echo " regs    smem  stack spills  kernel"; cat; }
+    LC_ALL=C sort -k5 | { echo " regs    smem  stack spills  kernel"; cat; }

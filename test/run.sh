@@ -3,10 +3,10 @@
 # Arguments follow the program after commas: build/fp32/test_golden,test/golden/r8_micro64
 # RUN_UNDER is put before each command: RUN_UNDER="env HOST_SCHED=reverse" test/run.sh build/fp32/test_kernels
 set -u
-title() {      # title WORD...: the command without folders, at most 42 letters
+title() {      # title WORD...: the command without folders, at most 48 letters
     local text; text=$(printf '%s ' "${@##*/}")
     text=${text#env } text=${text% }
-    [ ${#text} -le 42 ] || text="${text:0:38} ..."
+    [ ${#text} -le 48 ] || text="${text:0:44} ..."
     echo "$text"
 }
 read -r -a under <<< "${RUN_UNDER:-}"
@@ -17,7 +17,7 @@ for command in "$@"; do
     output=$("${under[@]}" "${words[@]}" 2>&1) || status=$?
     line=$(grep -aE '^[0-9]+ passed, [0-9]+ failed' <<< "$output" | tail -1)
     grep -aE '^(FAIL|skip)' <<< "$output"
-    printf '%-44s %s   (%d s)\n' "$(title "${words[@]}")" "${line:-no closing line}" $((SECONDS - start))
+    printf '%-50s %s   (%d s)\n' "$(title "${words[@]}")" "${line:-no closing line}" $((SECONDS - start))
     if [ -z "$line" ] || { [ $status -ne 0 ] && [[ "$line" == *" 0 failed"* ]]; }; then
         tail -20 <<< "$output"
         echo "FAIL  ${words[*]}: exit status $status"
