@@ -32,7 +32,6 @@ CUDA_FLAGS = -std=c++17 -O3 -lineinfo -gencode arch=compute_$(ARCH),code=sm_$(AR
 CUDA_LIBS  = -lcublasLt
 DEFS       = -DGIT_COMMIT='"$(COMMIT)"'
 
-TESTS     := test_services test_oracle test_host test_kernels test_model test_golden
 HOST_OBJ  := $(O)/host/engine.o $(O)/host/runtime.o $(O)/host/cublasLt.o
 
 .PHONY: all test test-orders test-124m test-nvcc mutations coverage bench help clean FORCE

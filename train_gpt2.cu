@@ -817,8 +817,7 @@ static double evaluate(Model* m, ValLoader* val) {
     return total / (double)val->predictions;
 }
 
-// ---- weights to a file and back
-// ------------------------------------------------------------------
+// ---- weights to a file and back ---------------------------------------------------------------
 
 // Copies a tensor between memory, where it may be transposed, and its logical (rows, cols) form.
 static void tensor_transpose(float* out, const float* in, int rows, int cols) {
@@ -826,8 +825,7 @@ static void tensor_transpose(float* out, const float* in, int rows, int cols) {
         for (int c = 0; c < cols; c++) out[(size_t)c * rows + r] = in[(size_t)r * cols + c];
 }
 
-// The fp32 value of a tensor in its logical shape, for the file and for tests. `what` picks p, g or
-// m.
+// The fp32 value of a tensor in its logical shape, for the file and for tests.
 static void tensor_read(Model* m, float* out, const float* device, ParamId id) {
     const ParamRow* row = &PARAM_TABLE[id];
     const Bank* bank = &m->banks[row->bank];
@@ -967,8 +965,7 @@ static void weights_load(Model* m, const char* path) {
     safetensors_close(&file);
 }
 
-// ---- sampling
-// ------------------------------------------------------------------------------------
+// ---- sampling ---------------------------------------------------------------------------------
 
 static float softcap_host(SoftcapKind kind, float c, float z) {
     switch (kind) {
@@ -1012,8 +1009,7 @@ static void sample(Model* m, Log* log, int64_t step, int count) {
     free(logits);
 }
 
-// ---- report
-// --------------------------------------------------------------------------------------
+// ---- report -----------------------------------------------------------------------------------
 
 static int64_t param_count(const Model* m) {
     int64_t count = 0;
@@ -1046,8 +1042,7 @@ static void note_memory(const Model* m, Log* log) {
              (memory_total(m) + m->host_bytes) / 1048576.0, usage.ru_maxrss / 1024.0);
 }
 
-// ---- train
-// ---------------------------------------------------------------------------------------
+// ---- train ------------------------------------------------------------------------------------
 
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
@@ -1125,8 +1120,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     return val_loss;
 }
 
-// ---- main
-// ----------------------------------------------------------------------------------------
+// ---- main -------------------------------------------------------------------------------------
 
 #ifndef TRAIN_GPT2_NO_MAIN
 int main(int argc, char** argv) {
