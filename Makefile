@@ -1,7 +1,10 @@
 # make help lists the targets. Variables: PRECISION=fp32|bf16  SAN=address|undefined|thread  ARCH=90a|80|100
+# NCCL=0 (one rank, neither NCCL nor MPI)  MPICC=mpicc  MPI_HOME=, NCCL_HOME= (folders with include/ and lib/)
 ARCH      ?= 90a
 CXX       ?= g++
 NVCC      ?= nvcc
+MPICC     ?= mpicc
+NCCL      ?= 1
 SAN       ?=
 COV       ?=
 COMMIT    := $(or $(shell [ -e .git ] && git describe --always --dirty 2> /dev/null),unknown)
@@ -12,13 +15,18 @@ endif
 ifneq ($(filter-out address undefined thread,$(SAN)),)
 $(error SAN=$(SAN): must be address, undefined or thread)
 endif
+ifneq ($(filter-out 0 1,$(NCCL)),)
+$(error NCCL=$(NCCL): must be 0 or 1)
+endif
 
 # fp32 is the default on a CPU (it is faster there and proves the maths), bf16 on a GPU.
 HOST_PREC := $(if $(PRECISION),$(PRECISION),fp32)
 CUDA_PREC := $(if $(PRECISION),$(PRECISION),bf16)
 UP         = $(subst fp32,FP32,$(subst bf16,BF16,$(1)))
 
-O         := build/$(HOST_PREC)$(if $(SAN),-$(SAN))$(if $(COV),-coverage)
+ALONE     := $(if $(filter 0,$(NCCL)),-alone)
+O         := build/$(HOST_PREC)$(if $(SAN),-$(SAN))$(if $(COV),-coverage)$(ALONE)
+CUDA_O    := build/cuda-$(ARCH)-$(CUDA_PREC)$(ALONE)
 OPT       := $(if $(SAN),-O1,-O3 -march=native)
 # A warning is an error with the compiler whose warnings have been looked at; another one's do not stop a build.
 WERROR    := $(if $(filter 12,$(shell $(CXX) -dumpversion)),-Werror)
@@ -28,38 +36,64 @@ HOST_FLAGS = -std=c++17 $(OPT) -g1 -fno-math-errno -fno-trapping-math -ffp-contr
 SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer) $(if $(filter undefined,$(SAN)),-fno-sanitize-recover=all)
 SAN_DEFS   = $(if $(filter address,$(SAN)),-DHOST_ASAN) $(if $(filter thread,$(SAN)),-DHOST_TSAN)
 HOST_LIBS  = -ldnnl -lgomp -lpthread
-CUDA_FLAGS = -std=c++17 -O3 -lineinfo -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -Werror all-warnings -I. --threads 2
-CUDA_LIBS  = -lcublasLt
+CUDA_FLAGS = -std=c++17 -O3 -lineinfo -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -Werror all-warnings -I. --threads 2 $(MPI_FLAGS) $(NCCL_FLAGS)
+CUDA_LIBS  = -lcublasLt $(NCCL_LIBS)
 DEFS       = -DGIT_COMMIT='"$(COMMIT)"'
 
-HOST_OBJ  := $(O)/host/engine.o $(O)/host/runtime.o $(O)/host/cublasLt.o
+HOST_OBJ  := $(patsubst llmc/%.cpp,$(O)/%.o,$(wildcard llmc/host/*.cpp))
+comma     := ,
+empty     :=
 
 .PHONY: all test test-orders test-124m test-nvcc mutations coverage bench help clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 all: train_gpt2_cpu
 
+# ---- MPI and NCCL --------------------------------------------------------------------------
+ifneq ($(NCCL),0)
+# The flags of MPI's compiler wrapper; those of Open MPI, MPICH and Intel all understand -show. Asked once, if needed.
+ifdef MPI_HOME
+MPI_SHOW  := -I$(MPI_HOME)/include -L$(MPI_HOME)/lib -Wl,-rpath,$(MPI_HOME)/lib -lmpi
+else
+MPI_SHOW   = $(eval MPI_SHOW := $(shell $(MPICC) -show 2> /dev/null | sed 's/-Xlinker  */-Wl,/g'))$(MPI_SHOW)
+endif
+# MPI's old C++ interface would want a library of its own.
+MPI_FLAGS  = -DWITH_NCCL -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(filter -I% -D%,$(MPI_SHOW))
+MPI_LIBS   = $(filter -L% -l% -Wl%,$(MPI_SHOW))
+NCCL_FLAGS = $(if $(NCCL_HOME),-I$(NCCL_HOME)/include)
+NCCL_LIBS  = $(if $(NCCL_HOME),-L$(NCCL_HOME)/lib -Xlinker -rpath=$(NCCL_HOME)/lib) -lnccl \
+             $(patsubst -Wl$(comma)%,-Xlinker %,$(MPI_LIBS)) -lpthread
+HOST_LINK := $(O)/link
+CUDA_LINK := $(CUDA_O)/link
+$(HOST_LINK): FORCE
+	@scripts/try_link.sh $@ "$(CXX) $(MPI_FLAGS)" "$(MPI_LIBS)" "$(MAKECMDGOALS)"
+$(CUDA_LINK): FORCE
+	@scripts/try_link.sh $@ "$(NVCC) $(MPI_FLAGS) $(NCCL_FLAGS)" "$(NCCL_LIBS)" "$(MAKECMDGOALS)"
+endif
+
 train_gpt2_cpu: $(O)/train_gpt2_cpu FORCE      ## the trainer on the CPU, running the CUDA kernels on the host layer
 	@cmp -s $< $@ || cp $< $@
-train_gpt2: build/cuda-$(ARCH)-$(CUDA_PREC)/train_gpt2 FORCE      ## the trainer for NVIDIA GPUs (nvcc, cuBLASLt)
+train_gpt2: $(CUDA_O)/train_gpt2 FORCE      ## the trainer for NVIDIA GPUs (nvcc, cuBLASLt, NCCL, MPI)
 	@cmp -s $< $@ || cp $< $@
 build/test_%: $(O)/test_% FORCE
 	@cmp -s $< $@ || cp $< $@
 
 # ---- host build ----------------------------------------------------------------------------
-$(O)/host/%.o: llmc/host/%.cpp
+$(O)/host/%.o: llmc/host/%.cpp $(HOST_LINK)
 	@mkdir -p $(@D)
-	$(CXX) $(HOST_FLAGS) $(SAN_DEFS) -MMD -MP -c $< -o $@
-$(O)/train_gpt2_cpu: train_gpt2.cu $(HOST_OBJ) $(O)/commit
-	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) $(SAN_DEFS) $(DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
-	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) -o $@
+	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_DEFS) -MMD -MP -c $< -o $@
+$(O)/train_gpt2_cpu: train_gpt2.cu $(HOST_OBJ) $(HOST_LINK) $(O)/commit
+	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) $(SAN_DEFS) $(DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
+	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
 # The tests include the trainer without its main: what only main calls is unused there.
-$(O)/%: test/%.cu $(HOST_OBJ)
-	$(CXX) $(HOST_FLAGS) -Wno-unused-function $(SAN_FLAGS) $(SAN_DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
-	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) -o $@
-$(O)/%: dev/%.cu $(HOST_OBJ)
-	$(CXX) $(HOST_FLAGS) -Wno-unused-function $(SAN_FLAGS) $(SAN_DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
-	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) -o $@
+$(O)/%: test/%.cu $(HOST_OBJ) $(HOST_LINK)
+	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) -Wno-unused-function $(SAN_FLAGS) $(SAN_DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
+	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
+$(O)/%: dev/%.cu $(HOST_OBJ) $(HOST_LINK)
+	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) -Wno-unused-function $(SAN_FLAGS) $(SAN_DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
+	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
+$(O)/test_ranks: test/test_ranks.c $(HOST_LINK)
+	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread $(MPI_LIBS) -o $@
 $(O)/%: test/%.c
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -o $@
@@ -74,15 +108,13 @@ $(O)/commit: FORCE
 	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' > $@
 
 # ---- CUDA build ----------------------------------------------------------------------------
-build/cuda-$(ARCH)-$(CUDA_PREC)/train_gpt2: train_gpt2.cu
+$(CUDA_O)/train_gpt2: train_gpt2.cu $(CUDA_LINK)
 	@mkdir -p $(@D)
 	$(NVCC) $(CUDA_FLAGS) $(DEFS) -DPRECISION_$(call UP,$(CUDA_PREC)) -MMD -MP -MF $@.d -Xptxas -v $< -o $@ $(CUDA_LIBS) \
 	    2> $(@D)/ptxas.txt || { cat $(@D)/ptxas.txt; false; }
 
 # ---- tests ---------------------------------------------------------------------------------
 GOLDEN := $(patsubst %/,%,$(sort $(dir $(wildcard test/golden/*/init.safetensors))))
-comma  := ,
-empty  :=
 list    = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
 # What runs in every build; what a sanitizer would take too long for or finds nothing in; what does not depend on the build.
 RUNS   := $(O)/test_host $(O)/test_kernels
@@ -97,8 +129,17 @@ endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_oracle
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards
-RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(run)))))
+# Under mpirun: np=N:PROGRAM is N ranks of it. Every count in fp32; elsewhere one that divides nothing and one that does.
+ifneq ($(NCCL),0)
+COUNTS := $(if $(filter fp32,$(HOST_PREC)$(SAN)),1 2 3 4 8,$(if $(SAN),2,2 3))
+RUNS   += $(if $(wildcard test/test_nccl.cu),$(foreach np,$(COUNTS),np=$(np):$(O)/test_nccl)) $(if $(wildcard test/test_ranks.c),$(O)/test_ranks)
+ifeq ($(SAN),)
+RUNS   += $(if $(wildcard test/test_trace.cu),$(O)/test_trace) $(if $(wildcard test/ranks.sh),test/ranks.sh$(comma)$(O)/train_gpt2_cpu$(comma)$(O)/test_zero)
+RUNS   += $(if $(wildcard test/cli_launch.sh),test/cli_launch.sh$(comma)$(O)/train_gpt2_cpu)
+endif
+endif
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/test_zero $(O)/check_trace)
+RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))
 # Orders in which CUDA promises nothing: of threads, blocks and streams, and when asynchronous copies land.

@@ -29,23 +29,36 @@ static const char* program_name = "train_gpt2";
 
 // ---- stopping ------------------------------------------------------------------------------
 
-// Prints "name: message" to stderr and exits with status 1. After a newline the message goes on
-// below its own first letter: the first line states the fact, the second says what to do.
+// Where several ranks run llmc/ranks.h puts a function here: it sees to it that the message is
+// printed once, that every rank ends, and does not return.
+static void (*die_ranks)(const char* text);
+
+// "prefix: text" as it is printed. After a newline the text goes on below its own first letter: the
+// first line states the fact, the second says what to do.
+static inline void message_text(char* out, size_t size, const char* prefix, const char* text) {
+    size_t indent = strlen(prefix) + 2;
+    size_t n = (size_t)snprintf(out, size, "%s: ", prefix);
+    for (const char* line = text; *line && n < size;) {
+        size_t length = strcspn(line, "\n");
+        n += (size_t)snprintf(out + n, size - n, "%*s%.*s\n", line == text ? 0 : (int)indent, "",
+                              (int)length, line);
+        line += length + (line[length] == '\n');
+    }
+}
+
+// Prints "name: message" to stderr and exits with status 1.
 static inline void die(const char* fmt, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
 static inline void die(const char* fmt, ...) {
-    char text[4096];
+    char text[4096], message[8192];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
     fflush(stdout);    // so that the message stands below what led to it
-    int indent = fprintf(stderr, "%s: ", program_name);
-    for (const char* line = text; *line;) {
-        size_t length = strcspn(line, "\n");
-        fprintf(stderr, "%*s%.*s\n", line == text ? 0 : indent, "", (int)length, line);
-        line += length + (line[length] == '\n');
-    }
+    if (die_ranks) die_ranks(text);
+    message_text(message, sizeof message, program_name, text);
+    fputs(message, stderr);
     exit(1);
 }
 
@@ -68,6 +81,24 @@ static inline void* host_alloc(size_t count, size_t size) {
     void* p = calloc(count ? count : 1, size);
     REQUIRE(p, "out of memory: %zu x %zu bytes of host memory are not to be had", count, size);
     return p;
+}
+
+// A 64-bit FNV-1a hash, to tell differences; no protection against intent.
+#define HASH_START 14695981039346656037ull
+static inline uint64_t hash_bytes(uint64_t hash, const void* data, size_t n) {
+    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const unsigned char*)data)[i]) * 1099511628211ull;
+    return hash;
+}
+
+static inline uint64_t file_hash(const char* path) {
+    unsigned char part[65536];
+    uint64_t hash = HASH_START;
+    FILE* file = fopen(path, "rb");
+    REQUIRE(file, "%s cannot be opened: %s", path, strerror(errno));
+    for (size_t n; (n = fread(part, 1, sizeof part, file)) > 0;) hash = hash_bytes(hash, part, n);
+    REQUIRE(!ferror(file), "%s cannot be read: %s", path, strerror(errno));
+    fclose(file);
+    return hash;
 }
 
 // Bytes of the UTF-8 sequence that starts at s, or 0 if none does: overlong forms, surrogates,

@@ -4,7 +4,7 @@ The verbs of the kernels: launch, 8-wide loads and stores, sums over a warp and 
 Kernels are written once. nvcc compiles them for the GPU; g++ compiles them against llmc/host,
 which runs them thread for thread. Where the two targets differ they differ here and in ptx.cuh.
 
-launch<kernel>(grid, block, smem_bytes, stream, args...)
+launch<kernel>(grid, block, smem_bytes, stream, args...); under --trace it records itself
 load8 store8    8 neighbouring elements as floats; p divisible by 16 bytes; bf16 is rounded to
                 nearest even at the store
 warp_sum<W>     over aligned groups of W = 1, 2, 4, .. 32 lanes, all of which must call; in the
@@ -44,6 +44,8 @@ static inline void cuda_check(cudaError_t error, const char* what, const char* f
 }
 #define CUDA_CHECK(expression) cuda_check((expression), #expression, __FILE__, __LINE__)
 
+#include "trace.h"
+
 #ifdef __CUDACC__
 
 // One array for all kernels: the memory is the launch's, its type the kernel's.
@@ -66,7 +68,9 @@ static inline void launch(dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t
     config.blockDim = block;
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
+    int op = trace_on ? trace_begin(trace_kernel_name<K>(), stream) : -1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, K, args...));
+    trace_end(op, stream);
 }
 
 #else
@@ -74,7 +78,9 @@ static inline void launch(dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t
 template <auto K, class... A>
 static inline void launch(dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                           A... args) {
+    int op = trace_on ? trace_begin(trace_kernel_name<K>(), stream) : -1;
     host_launch<K>(grid, block, smem_bytes, stream, args...);
+    trace_end(op, stream);
 }
 
 #endif

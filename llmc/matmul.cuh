@@ -183,6 +183,15 @@ static inline void matmul_free(Matmul* mm) {
     memset(mm, 0, sizeof *mm);
 }
 
+// "matmul_nt 64x768x768": M x N x K, and the count of a batch.
+static inline int matmul_trace(const MatmulKey* key, cudaStream_t stream) {
+    char name[96];
+    int n = snprintf(name, sizeof name, "matmul_%c%c %dx%dx%d", key->trans_a ? 't' : 'n',
+                     key->trans_b ? 't' : 'n', key->M, key->N, key->K);
+    if (key->batch > 1) snprintf(name + n, sizeof name - n, " x%d", key->batch);
+    return trace_begin(name, stream);
+}
+
 static inline void matmul_run(void* d, const floatX* a, const floatX* b, const void* c,
                               const MatmulKey* key, float alpha, float beta, Matmul* mm,
                               cudaStream_t stream) {
@@ -195,10 +204,12 @@ static inline void matmul_run(void* d, const floatX* a, const floatX* b, const v
     REQUIRE(stream == mm->stream, "matmul: called on another stream than matmul_init\n"
             "the workspace serves one stream; make a Matmul for each");
     MatmulPlan* plan = matmul_plan(key, mm);
+    int op = trace_on ? matmul_trace(key, stream) : -1;
     cublas_check(cublasLtMatmul(mm->handle, plan->desc, &alpha, b, plan->b, a, plan->a, &beta, c,
                                 plan->d, d, plan->d, &plan->algo, mm->workspace,
                                 MATMUL_WORKSPACE_BYTES, stream),
                  "cublasLtMatmul", key);
+    trace_end(op, stream);
 }
 
 static inline void matmul_nt(floatX* y, const floatX* x, const floatX* w, int M, int N, int K,

@@ -34,12 +34,20 @@ has_dnnl() {
     fi
 }
 
-# A compiler, make, and the library of the CPU's matrix products.
+has_mpi() {
+    echo '#include <mpi.h>' | "${MPICC:-mpicc}" -E -x c - > /dev/null 2>&1
+}
+
+# A compiler, make, the library of the CPU's matrix products, and MPI, of any make, for several ranks.
 need_build_tools() {
     local missing=()
     command -v g++ > /dev/null || missing+=(g++)
     command -v make > /dev/null || missing+=(make)
     has_dnnl || missing+=(libdnnl-dev)
+    if [ -z "${MPI_HOME:-}" ] && [ "${NCCL:-1}" != 0 ]; then
+        has_mpi || missing+=(libopenmpi-dev)
+        command -v mpirun > /dev/null || missing+=(openmpi-bin)
+    fi
     install "${missing[@]}" || exit 1
     has_dnnl || { echo "$(command -v g++) does not find dnnl.h: is libdnnl-dev (oneDNN) installed?" >&2; exit 1; }
 }

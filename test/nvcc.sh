@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles and links the trainer with nvcc for three architectures: no warning, no spill, no note of ptxas that
-# it serialised something; and the table of registers for sm_90a equals dev/kernels.txt.
+# it serialised something; with NCCL and MPI, and with NCCL=0 without; and the table of registers for sm_90a equals
+# dev/kernels.txt.
 #   test/nvcc.sh --update   writes dev/kernels.txt from this build
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -31,8 +32,15 @@ for arch in 90a 80 100; do
     [ $kernels -gt 0 ]; check "ptxas sm_$arch names no kernel" $?
     spills=$(awk 'NR > 1 && $4 != 0' $dir/kernels.txt)
     [ -z "$spills" ]; check "ptxas sm_$arch spills:" $? "$spills"
+    libraries=$(readelf -d $dir/train_gpt2 | grep NEEDED)
+    [[ "$libraries" == *libnccl* ]]; check "sm_$arch is linked with NCCL" $?
+    [[ "$libraries" == *libmpi* ]]; check "sm_$arch is linked with MPI" $?
     echo "nvcc sm_$arch: $kernels kernels, $((failed - failed_before)) complaints   ($((SECONDS - start)) s)"
 done
+dir=build/cuda-90a-bf16-alone
+mkdir -p $dir
+make -s $dir/train_gpt2 NCCL=0 PRECISION=bf16 > $dir/make.txt 2>&1; check "nvcc with NCCL=0" $? "$(tail -5 $dir/make.txt)"
+! readelf -d $dir/train_gpt2 2>&1 | grep -E 'libnccl|libmpi'; check "NCCL=0 links neither NCCL nor MPI" $?
 if [ "${1:-}" = --update ] && [ -s build/cuda-90a-bf16/kernels.txt ]; then
     version=$(nvcc --version | sed -nE 's/.*release ([0-9.]+).*/\1/p')
     { echo "# nvcc $version, sm_90a, bf16; written by test/nvcc.sh --update"; cat build/cuda-90a-bf16/kernels.txt; } > dev/kernels.txt

@@ -18,8 +18,9 @@ Order of execution (environment HOST_SCHED):
     breadth           round robin over all threads that can run
     <seed>            random, a function of the seed and the block alone
 Other environment variables: HOST_THREADS=n workers (default: all CPUs; results do not depend on it,
-blocks are independent), HOST_STREAMS=lazy and HOST_LEAKS=1 (runtime.cpp), HOST_INTERBLOCK=1
-(engine.cpp), HOST_PROFILE=1 (wall time by kernel, printed to stderr at exit).
+blocks are independent), HOST_STREAMS=lazy, HOST_LEAKS=1 and HOST_DEVICES=n (runtime.cpp),
+HOST_INTERBLOCK=1 (engine.cpp), HOST_NCCL_FAIL and HOST_NCCL_TIMEOUT (nccl.h), HOST_PROFILE=1 (wall
+time by kernel, printed to stderr at exit).
 
 Sanitizers: define HOST_ASAN or HOST_TSAN (or let -fsanitize do it) in every file alike. engine.cpp
 is best compiled without -fsanitize, runtime.cpp either way. Sanitizer builds use one worker.
@@ -160,5 +161,7 @@ bool host_streams_lazy(void);
 // Calls fn(a copy of arg) in stream order: at once, or (HOST_STREAMS=lazy) when something waits.
 void host_stream_submit(cudaStream_t stream, void (*fn)(void*), const void* arg, size_t bytes);
 void host_set_streams(const char* mode, uint64_t seed);    // "inorder" or "lazy"
+// Bytes from p to the end of its cudaMalloc or cudaMallocHost; 0: p is in none.
+size_t host_device_bytes(const void* p);
 size_t host_peak_bytes(void);               // most device memory in use at any time
 size_t host_report_leaks(void);             // prints each block still allocated, returns bytes

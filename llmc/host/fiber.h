@@ -52,8 +52,9 @@ static const bool TSAN = true;
 #define TSAN_ACQUIRE(p) __tsan_acquire(p)
 #define TSAN_RELEASE(p) __tsan_release(p)
 // CUDA threads share the thread_local objects of their OS thread, and so whether those are made.
+// Open MPI's TCP transport takes two of its locks in either order.
 extern "C" const char* __tsan_default_suppressions(void) {
-    return "race:^__tls_init$\n";
+    return "race:^__tls_init$\ndeadlock:mca_btl_tcp_\n";
 }
 #else
 static const bool TSAN = false;

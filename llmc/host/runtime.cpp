@@ -432,11 +432,16 @@ cudaError_t cudaFreeHost(void* p) {
     return release(p, true);
 }
 
-static bool is_pageable(const void* p) {
+size_t host_device_bytes(const void* p) {
     for (Allocation* a = allocations; a; a = a->next) {
-        if ((unsigned char*)p >= a->p && (unsigned char*)p < a->p + a->bytes) return false;
+        uintptr_t at = (uintptr_t)p - (uintptr_t)a->p;      // huge where p lies before it
+        if (at < a->bytes) return a->bytes - at;
     }
-    return true;
+    return 0;
+}
+
+static bool is_pageable(const void* p) {
+    return !host_device_bytes(p);
 }
 
 struct Fill {
@@ -506,22 +511,53 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 
 // ---- the device ----------------------------------------------------------------------------
 
+static __thread int device_now;         // of this thread, as in CUDA
+
+// As many devices as HOST_DEVICES says, so that each of several processes may take its own; they
+// are all this machine. 64 is more than a test starts.
+static int device_count(void) {
+    static int count;
+    if (!count) {
+        const char* text = getenv("HOST_DEVICES");
+        char* end = nullptr;
+        long n = text && *text ? strtol(text, &end, 10) : 64;
+        if (n < 1 || n > 256 || (end && *end)) {
+            host_error("HOST_DEVICES is '%s', wanted a number from 1 to 256", text);
+        }
+        count = (int)n;
+    }
+    return count;
+}
+
+static bool device_valid(int device) {
+    return device >= 0 && device < device_count();
+}
+
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = device_count();
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
+    if (!device_valid(device)) return result(cudaErrorInvalidDevice);
+    device_now = device;
+    return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = device_now;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char* name, int size, int device) {
+    if (!device_valid(device)) return result(cudaErrorInvalidDevice);
+    if (!name || size < (int)sizeof("host:00:03.0")) return result(cudaErrorInvalidValue);
+    snprintf(name, (size_t)size, "host:00:%02x.0", device);
     return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-    if (device != 0) return result(cudaErrorInvalidDevice);
+    if (!device_valid(device)) return result(cudaErrorInvalidDevice);
     memset(p, 0, sizeof(*p));
     strcpy(p->name, "host");
     p->totalGlobalMem = physical_bytes(_SC_PHYS_PAGES);
@@ -536,6 +572,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxGridSize[0] = 2147483647;
     p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->major = 9;           // the limits above are those of sm_90
+    p->pciDeviceID = device;
     p->multiProcessorCount = host_threads();
     p->maxThreadsPerMultiProcessor = 1024;
     return cudaSuccess;

@@ -1,0 +1,230 @@
+#!/usr/bin/env bash
+# test/cli_launch.sh PROGRAM: the scripts that start runs.
+#   run_until_done.sh with commands that only pretend: statuses, progress, attempts, signals
+#   speedrun_8xh100.sh: a rehearsal of two ranks on the CPU, and what it says of a missing GPU, data, program, mpirun
+#   mpirun_hosts.sh on this host; multi_node.sbatch with a pretended srun; try_link.sh without MPI and NCCL
+set -u
+program=$(realpath "$1")
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD tools=$(dirname "$program")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+export HOST_THREADS=1 OMPI_MCA_rmaps_base_oversubscribe=1
+
+check() {      # check STATUS NAME: 0 passes. The status first: $? is also changed by what a name is made of
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else echo "FAIL  $2"; failed=$((failed + 1)); fi
+}
+has() { grep -qE -- "$3" "$2"; check $? "$1: $3 ($(tail -1 "$2"))"; }      # has NAME FILE REGEX
+wait_for() {      # wait_for FILE REGEX: at most 30 s
+    for _ in $(seq 300); do grep -qE -- "$2" "$1" 2> /dev/null && return 0; sleep 0.1; done
+    return 1
+}
+
+# ---- run_until_done.sh ---------------------------------------------------------------------
+# The n-th call of `pretend FOLDER STEP:STATUS...` logs the n-th STEP (-: logs nothing) and ends with its STATUS.
+cat > "$work/pretend" << 'END'
+#!/usr/bin/env bash
+folder=$1; shift
+mkdir -p "$folder"
+calls=$(($(cat "$folder/calls" 2> /dev/null || echo 0) + 1))
+echo $calls > "$folder/calls"
+word=${!calls}
+[ "${word%%:*}" = - ] || printf 'step:%s/100 train_loss:1.0\nRESULT\n' "${word%%:*}" > "$folder/log.txt"
+exit "${word##*:}"
+END
+# `wait FOLDER STATUS` waits for a signal, says which it got, and ends with STATUS.
+cat > "$work/wait" << 'END'
+#!/usr/bin/env bash
+for name in INT TERM HUP USR1 USR2; do trap "echo got $name >> $1/signals; exit $2" $name; done
+echo $$ >> "$1/ready"
+while true; do sleep 0.05; done
+END
+chmod +x "$work/pretend" "$work/wait"
+
+attempts() {      # attempts NAME WANTED-STATUS WANTED-CALLS STEP:STATUS...
+    local name="$1" wanted="$2" calls="$3" status; shift 3
+    timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/$name" "$@" --out "$work/$name" > "$work/$name.txt" 2>&1
+    status=$?
+    [ $status -eq "$wanted" ]; check $? "$name: status $wanted (got $status)"
+    [ "$(cat "$work/$name/calls")" = "$calls" ]; check $? "$name: $calls attempts (got $(cat "$work/$name/calls"))"
+}
+attempts done-at-once 0 1  5:0
+attempts resumed 0 3       5:75 010:75 20:0
+attempts error 1 1         5:1 6:0
+attempts error-later 7 2   5:75 6:7 7:0
+attempts interrupted 130 1 5:130 6:0
+attempts one-stuck 0 5     5:75 5:75 6:75 6:75 7:0
+attempts two-stuck 1 3     5:75 5:75 5:75 6:0
+attempts backwards 1 4     5:75 9:75 8:75 9:75 10:0
+attempts no-log 1 2        -:75 -:75 5:0
+has two-stuck "$work/two-stuck.txt" 'two attempts did not get beyond step 5'
+# What an earlier run left there is no bar to a new one, but is to one that Slurm starts again.
+mkdir -p "$work/old" "$work/requeued"
+echo 'step:50/100 val_loss:1' | tee "$work/old/log.txt" > "$work/requeued/log.txt"
+attempts old 0 3           5:75 6:75 7:0
+SLURM_RESTART_COUNT=1 attempts requeued 1 2 50:75 50:75 51:0
+timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/equals" 3:75 3:75 4:0 "--out=$work/equals" > "$work/equals.txt" 2>&1
+check $? "--out=DIR"
+(cd "$work" && timeout 60 "$root/scripts/run_until_done.sh" ./pretend run 3:75 3:75 4:0 > run.txt 2>&1); check $? "the trainer's own --out"
+scripts/run_until_done.sh "$work/nonesuch" > "$work/none.txt" 2>&1
+[ $? -eq 127 ]; check $? "a command that is not there"
+scripts/run_until_done.sh > "$work/usage.txt" 2>&1
+[ $? -eq 1 ]; check $? "no command"
+
+signalled() {      # signalled SIGNAL STATUS WANTED: the command gets it once, is not started again
+    local folder="$work/signal-$1-$2" status wrapper
+    mkdir -p "$folder"
+    # A shell starts what is in its background deaf to SIGINT.
+    env --default-signal=INT scripts/run_until_done.sh "$work/wait" "$folder" "$2" > "$folder/words" 2>&1 &
+    wrapper=$!
+    wait_for "$folder/ready" .
+    kill "-$1" $wrapper
+    wait $wrapper; status=$?
+    [ $status -eq "$3" ]; check $? "SIG$1, command ends with $2: status $3 (got $status)"
+    [ "$(cat "$folder/signals" 2> /dev/null)" = "got $1" ]; check $? "SIG$1 reaches the command once"
+    [ "$(wc -l < "$folder/ready")" -eq 1 ]; check $? "SIG$1: not started again"
+    ! kill -0 "$(cat "$folder/ready")" 2> /dev/null; check $? "SIG$1: nothing is left running"
+}
+signalled INT 130 130
+signalled TERM 75 75
+signalled TERM 130 130
+signalled HUP 0 0
+signalled USR1 75 75
+# USR2 is for the script alone.
+mkdir -p "$work/usr2"
+scripts/run_until_done.sh "$work/wait" "$work/usr2" 75 > "$work/usr2.txt" 2>&1 &
+wrapper=$!
+wait_for "$work/usr2/ready" .
+kill -USR2 $wrapper
+wait_for "$work/usr2.txt" SIGUSR2; check $? "SIGUSR2 is noticed"
+kill -TERM "$(cat "$work/usr2/ready")"
+wait $wrapper; status=$?
+[ $status -eq 75 ]; check $? "SIGUSR2, command ends with 75: status 75 (got $status)"
+[ "$(cat "$work/usr2/signals")" = "got TERM" ]; check $? "SIGUSR2 does not reach the command"
+[ "$(wc -l < "$work/usr2/ready")" -eq 1 ]; check $? "SIGUSR2: not started again"
+
+# ---- speedrun_8xh100.sh --------------------------------------------------------------------
+# Its own copy of the tree, so that the program under test is the one it finds.
+mkdir -p "$work/tree/data" "$work/bin" "$work/no-mpi"
+cp -r scripts "$work/tree"
+cp "$program" "$work/tree/train_gpt2_cpu"
+"$tools/text_to_shards" --out "$work/tree/data/text" train_gpt2.cu llmc/*.cuh > /dev/null; check $? "text_to_shards"
+small=(--layers 2 --heads 2 --channels 64 --vocab 320)
+speedrun() {      # speedrun NAME ARGUMENTS...: its words into $work/NAME.txt
+    local name="$1"; shift
+    (cd "$work" && timeout 300 tree/scripts/speedrun_8xh100.sh "$@" > "$work/$name.txt" 2>&1)
+}
+for recipe in modern untied unet; do
+    speedrun rehearsal-$recipe $recipe --cpu --data tree/data -- "${small[@]}"; check $? "rehearsal of $recipe"
+    has "rehearsal of $recipe" "$work/tree/runs/rehearsal-$recipe/log.txt" '^step:2/2 val_loss:[0-9]'
+    has "rehearsal of $recipe" "$work/rehearsal-$recipe.txt" '^ranks 2'
+done
+speedrun three --cpu --ranks 4 --data tree/data -- "${small[@]}" --steps 3 --out "$work/three"; check $? "four ranks"
+has "flags behind -- win" "$work/three/log.txt" '^step:3/3 val_loss:[0-9]'
+refused() {      # refused NAME REGEX ARGUMENTS...: status 1, these words and no run
+    local name="$1" words="$2"; shift 2
+    speedrun "$name" "$@"; local status=$?
+    [ $status -eq 1 ]; check $? "$name: status 1 (got $status)"
+    has "$name" "$work/$name.txt" "$words"
+}
+refused no-data 'nonesuch has 0 training and 0 validation shards' --cpu --data nonesuch
+refused no-argument 'no argument --steps' --steps 5
+refused odd-flags 'come in pairs' --cpu --data tree/data -- --steps
+refused ranks-word 'ranks x: must be a number' --ranks x
+PATH="$work/no-mpi:/usr/bin:/bin" refused no-gpu 'nvidia-smi is not here' modern
+# A pretended nvidia-smi, and a program that only has to be there.
+cat > "$work/bin/nvidia-smi" << 'END'
+#!/usr/bin/env bash
+[[ "$*" == *--query-gpu=name* ]] && yes "NVIDIA H100 80GB HBM3" | head -"$GPUS"
+exit 0
+END
+chmod +x "$work/bin/nvidia-smi"
+PATH="$work/bin:$PATH"
+GPUS=4 refused four-gpus '8 GPUs wanted, found 4' modern
+has "four GPUs" "$work/four-gpus.txt" 'speedrun_8xh100.sh modern --ranks 4'
+GPUS=8 refused no-program 'train_gpt2 is not built' modern
+has "no program" "$work/no-program.txt" '^ +make train_gpt2$'
+cp "$program" "$work/tree/train_gpt2"
+GPUS=8 refused few-shards 'has 1 training and 1 validation shards; unet reads 16' unet --data tree/data
+for i in $(seq -w 2 27); do cp "$work/tree/data/text_train_000001.bin" "$work/tree/data/text_train_0000$i.bin"; done
+GPUS=8 speedrun checked modern --data tree/data --check; check $? "all is there"
+has "the command" "$work/checked.txt" '^mpirun -np 8 .*train_gpt2 --recipe modern .*--ranks 8 --zero 1'
+has "the record's figures" "$work/checked.txt" '^ +5100 +3.2741 +3.2747'
+! [ -e "$work/tree/runs/speedrun-modern/log.txt" ]; check $? "--check starts nothing"
+# The whole of it, with the CPU's program in the GPU's place: the record's figures and ours side by side.
+GPUS=2 speedrun compared modern --ranks 2 --data tree/data -- "${small[@]}" --steps 2 --seq-len 64 --batch-tokens 512 \
+    --micro-batch 1 --val-tokens 1024; check $? "a run in the GPU's place"
+ours=$(sed -nE 's/^step:0\/2 val_loss:([0-9.]+) .*/\1/p' "$work/tree/runs/speedrun-modern/log.txt")
+has "our loss beside the record's" "$work/compared.txt" "^ +0 +16.0058 +16.0098 +${ours:-none} *$"
+has "a step we have not" "$work/compared.txt" '^ +5100 +3.2741 +3.2747 +- *$'
+
+# ---- mpirun_hosts.sh -----------------------------------------------------------------------
+hosts() { timeout 300 scripts/mpirun_hosts.sh "$@" > "$work/hosts.txt" 2>&1; }
+printf '# ours\n\nlocalhost slots=3\n' > "$work/hosts"
+hosts "$work/hosts" "$program" --recipe modern "${small[@]}" --seq-len 64 --batch-tokens 384 --micro-batch 1 --steps 2 --val-tokens 500 \
+    --batching stream --train "$work/tree/data/text_train_000001.bin" --val "$work/tree/data/*_val_*.bin" --out "$work/hosts-run"
+check $? "three ranks by a file of hosts"
+has "three ranks" "$work/hosts.txt" '^ranks 3'
+hosts "$work/nonesuch" "$program"; [ $? -eq 1 ]; check $? "no file of hosts"
+has "no file of hosts" "$work/hosts.txt" 'nonesuch cannot be read'
+hosts /dev/null "$program"; [ $? -eq 1 ]; check $? "an empty file of hosts"
+hosts "$work/hosts" "$work/nonesuch"; [ $? -eq 1 ]; check $? "hosts: no program"
+has "hosts: no program" "$work/hosts.txt" 'is no program'
+
+# ---- multi_node.sbatch ---------------------------------------------------------------------
+# Slurm's programs, pretended. srun runs the command behind its own flags once and dies of SIGTERM, as the real one;
+# scancel sends its signal to the process in $TASK; both and scontrol write down what they are told.
+cat > "$work/bin/srun" << 'END'
+#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do [ "$1" = --mpi=list ] && exit 0; shift; done
+trap 'exit 137' TERM
+"$@" & wait $!
+END
+# shellcheck disable=SC2016    # for the script that is written
+printf '#!/usr/bin/env bash\necho "scancel $*" >> "%s"; kill "${1/#--signal=/-}" "$(cat "$TASK")"\n' "$work/slurm.txt" > "$work/bin/scancel"
+printf '#!/usr/bin/env bash\necho "scontrol $*" >> "%s"\n' "$work/slurm.txt" > "$work/bin/scontrol"
+chmod +x "$work"/bin/s*
+batch() {      # batch NAME PROGRAM ARGUMENTS...
+    local name="$1" program="$2"; shift 2
+    mkdir -p "$work/$name"
+    export SLURM_SUBMIT_DIR="$root" SLURM_JOB_ID=17 SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=16 PROGRAM="$program" TASK="$work/$name/ready"
+    exec timeout 60 bash scripts/multi_node.sbatch "$work/$name" "$@" > "$work/$name.txt" 2>&1
+}
+(batch batch-done "$work/pretend" 5:75 9:0 --out "$work/batch-done"); check $? "sbatch: resumed, done"
+has "sbatch" "$work/batch-done.txt" '2 nodes, 16 ranks, --mpi=none'
+(batch batch-error "$work/pretend" 5:3); [ $? -eq 3 ]; check $? "sbatch: an error is the end"
+! [ -e "$work/slurm.txt" ]; check $? "sbatch: nothing put back into the queue"
+for status in 75 130; do      # the time is up: the tasks are asked to finish, and the job goes back into the queue if they want to go on
+    rm -f "$work/slurm.txt"
+    (batch batch-$status "$work/wait" $status) &
+    batch=$!
+    wait_for "$work/batch-$status/ready" .
+    kill -USR1 "$(pgrep -P $batch)"      # behind timeout
+    wait $batch; got=$?
+    [ $got -eq $status ]; check $? "sbatch, time is up: status $status (got $got)"
+    [ "$(cat "$work/batch-$status/signals")" = "got TERM" ]; check $? "sbatch, time is up: the task gets SIGTERM"
+    [ "$(wc -l < "$work/batch-$status/ready")" -eq 1 ]; check $? "sbatch, time is up: not started again"
+    [ "$(grep -c 'requeue 17' "$work/slurm.txt")" -eq $((status == 75)) ]; check $? "sbatch, time is up: back into the queue after 75 alone"
+done
+export SLURM_RESTART_COUNT=20; rm -f "$work/slurm.txt"
+(batch batch-often "$work/pretend" 5:75 5:75 5:75); [ $? -eq 1 ]; check $? "sbatch: without progress"
+! [ -e "$work/slurm.txt" ]; check $? "sbatch: without progress not put back"
+unset SLURM_RESTART_COUNT
+
+# ---- try_link.sh ---------------------------------------------------------------------------
+link() { scripts/try_link.sh "$work/link/ok" "$@" > "$work/link.txt" 2>&1; }
+link "${CXX:-g++} -I$work" "-lm -lnonesuch" all; [ $? -eq 1 ]; check $? "try_link: no MPI"
+has "try_link" "$work/link.txt" 'apt install libopenmpi-dev openmpi-bin'
+has "try_link" "$work/link.txt" 'make all NCCL=0'
+# MPI there, NCCL not: headers that stand for them.
+echo 'static inline int MPI_Finalize() { return 0; }' > "$work/mpi.h"
+echo '#error stands for a nccl.h that is not there' > "$work/nccl.h"
+link "${CXX:-g++} -I$work" -lm all; check $? "try_link: what links"
+[ -s "$work/link/ok" ]; check $? "try_link: writes down what linked"
+link "${CXX:-g++} -I$work" "-lm -lnccl" train_gpt2; [ $? -eq 1 ]; check $? "try_link: no NCCL"
+has "try_link" "$work/link.txt" 'make train_gpt2 NCCL_HOME=/dir'
+! [ -e "$work/link/ok" ]; check $? "try_link: forgets what no longer links"
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
