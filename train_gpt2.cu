@@ -13,6 +13,8 @@ The model, in the order of the tokens' journey:
   - options of a recipe: U-net skips, a learned mix with the embedding, a learned mix of the values
     with layer 0's, a softcap on the logits
   - matrices are trained by Muon, tables and scalars by AdamW
+One process drives one GPU. N of them (ranks) each take an N-th of a batch; every matrix is updated
+by one rank, its owner (ZeRO-1, llmc/zero.cuh).
 The same file is compiled by nvcc for a GPU, and by g++ against llmc/host, which executes the very
 same kernels on a CPU.
 
@@ -46,6 +48,7 @@ How to run:  ./train_gpt2 --help
 #include "llmc/norm.cuh"
 #include "llmc/adamw.cuh"
 #include "llmc/muon.cuh"
+#include "llmc/zero.cuh"
 
 #ifndef GIT_COMMIT
 #define GIT_COMMIT "unknown"
@@ -122,8 +125,12 @@ typedef struct Bank {
     int rows, cols;         // shape in memory of each
     size_t stride, n;       // elements from one tensor to the next (a multiple of 8), and in all
     floatX* p;              // what forward and backward read
-    float* master;          // fp32 value behind p: p itself in the fp32 build, NULL for bf16 tables
-    float *g, *m, *v;       // gradient, first moment (Muon: momentum), second moment (AdamW only)
+    float* g;               // gradient; between steps the fp32 values may pass through it
+    // Of the units that this rank owns, one after another:
+    float* master;          // fp32 value behind p; NULL in the fp32 build and for bf16 tables
+    float *m, *v;           // first moment (Muon: momentum), second moment (AdamW only)
+    size_t owned;           // elements of each
+    ZeroBank zero;          // who owns what
 } Bank;
 
 // ---- activations ------------------------------------------------------------------------------
@@ -191,13 +198,18 @@ typedef struct Model {
     size_t reduce_floats;            // partial sums that the largest reduction needs
     Layer plan[MAX_LAYERS + 1];      // plan[L] is the way out: no skip
     Bank banks[BANKS];
+    ZeroBank* shards[BANKS];         // &banks[b].zero of the banks that this recipe has
+    int shard_count;
+    Zero zero;
+    bf16* wire;                      // gradients on their way
     Acts acts;
     EmbeddingIndex index; // positions of each distinct token, for the embedding's backward
     int *tokens, *targets;           // (N) on the device
     int *tokens_host, *targets_host; // (N) pinned
-    float* stats; // device: loss sum, sum of squared gradients, non-finite gradients, 1.0
-    float* stats_host;               // pinned: the same, then the loss sum of each micro-step
-    int micro_steps;                 // micro-batches in an optimizer step
+    float* stats;                    // device: STATS numbers, then the loss sum of each micro-step
+    float* stats_host;               // pinned: the same
+    double *val_sum, *val_sum_host;  // sum of losses over ranks
+    int micro_steps;                 // micro-batches of this rank in an optimizer step
     cudaEvent_t uploaded;            // the pinned tokens may be overwritten
     void* muon_scratch;
     size_t muon_scratch_bytes;
@@ -212,7 +224,8 @@ typedef struct Model {
 
 static const double GIB = 1073741824.0;
 
-enum { STAT_LOSS, STAT_NORM2, STAT_NONFINITE, STAT_ONE, STATS };
+// From STAT_NORM2 on they are summed over ranks, the losses behind them too.
+enum { STAT_ONE, STAT_LOSS, STAT_NORM2, STAT_NONFINITE, STAT_STOP, STATS };
 
 static void device_count(Model* m, const char* name, size_t bytes) {
     int i = 0;
@@ -279,13 +292,55 @@ static const floatX* weight(const Model* m, ParamId id, int layer) {
     return m->banks[PARAM_TABLE[id].bank].p + param_offset(m, id, layer);
 }
 static const float* scalar(const Model* m, ParamId id, int layer) {   // scalars are read in fp32
-    return m->banks[PARAM_TABLE[id].bank].master + param_offset(m, id, layer);
+    const Bank* bank = &m->banks[PARAM_TABLE[id].bank];      // and every rank has all of them
+    return (bank->master ? bank->master : (const float*)bank->p) + param_offset(m, id, layer);
 }
 static float* grad(const Model* m, ParamId id, int layer) {
     return m->banks[PARAM_TABLE[id].bank].g + param_offset(m, id, layer);
 }
 // The output head: its own matrix, or the embedding's.
 static ParamId head_id(const Model* m) { return m->cfg->head == FLAG_HEAD_TIED ? WTE : LM_HEAD; }
+
+// Cuts the banks into units, and the units into owners: a matrix of the layers is a unit, as is
+// each rank's share of a table; scalars are everybody's.
+static void banks_deal(Model* m) {
+    static const char* const NAMES[BANKS] = {"embed", "head", "attn", "mlp", "scalars", "scalars",
+                                             "scalars"};
+    Zero* z = &m->zero;
+    int slots[BANKS], matrices = 0, muon = m->cfg->optimizer == FLAG_OPTIMIZER_MUON;
+    for (int b = 0; b < BANKS; b++)
+        if (m->banks[b].n && m->banks[b].kind == MATRIX) slots[matrices++] = m->banks[b].slots;
+    int layers = zero_bucket_layers(m->L, slots, matrices, z->world);
+    m->shard_count = 0;
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        if (bank->n == 0) continue;
+        double small = bank->rows < bank->cols ? bank->rows : bank->cols;
+        double cost = (double)bank->rows * bank->cols * (muon ? small : 1);
+        if (bank->kind == MATRIX) {
+            zero_bank_init(z, &bank->zero, bank->stride, bank->copies, layers * bank->slots, false,
+                           cost);
+        } else if (bank->kind == TABLE) {
+            size_t share = zero_share(z, bank->n);
+            int shares = z->shard ? z->world : 1;
+            bank->n = share * shares;
+            zero_bank_init(z, &bank->zero, share, shares, shares, false, 0);
+        } else {
+            zero_bank_init(z, &bank->zero, bank->n, 1, 1, true, 0);
+        }
+        for (int k = 0; k < bank->zero.bucket_count; k++) {
+            ZeroBucket* bucket = &bank->zero.buckets[k];
+            int first = bucket->first / bank->slots;
+            int last = (bucket->first + bucket->units) / bank->slots - 1;
+            if (bank->kind != MATRIX) snprintf(bucket->label, sizeof bucket->label, "%s", NAMES[b]);
+            else snprintf(bucket->label, sizeof bucket->label, "%s %d-%d", NAMES[b], first, last);
+        }
+        m->shards[m->shard_count++] = &bank->zero;
+    }
+    zero_deal(z, m->shards, m->shard_count);
+    for (int b = 0; b < BANKS; b++)
+        m->banks[b].owned = m->banks[b].n ? m->banks[b].zero.owned * m->banks[b].zero.unit : 0;
+}
 
 static void banks_build(Model* m) {
     for (int id = 0; id < PARAMS; id++) {
@@ -304,18 +359,18 @@ static void banks_build(Model* m) {
         bank->stride = ceil_div(rows * bank->cols, 8) * 8;
         bank->n = bank->stride * bank->copies;
     }
+    banks_deal(m);
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &m->banks[b];
         if (bank->n == 0) continue;
         int adam = bank->kind != MATRIX || m->cfg->optimizer == FLAG_OPTIMIZER_ADAMW;
+        size_t state = bank->owned * sizeof(float);
         bank->p = (floatX*)device_alloc(m, "weights", bank->n * sizeof(floatX));
         bank->g = (float*)device_alloc(m, "gradients", bank->n * sizeof(float));
-        bank->m =
-            (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", bank->n * sizeof(float));
-        if (adam) bank->v = (float*)device_alloc(m, "Adam v", bank->n * sizeof(float));
-        if (!FLOATX_IS_BF16) bank->master = (float*)bank->p;
-        else if (!(bank->bf16 && bank->kind == TABLE))
-            bank->master = (float*)device_alloc(m, "master weights", bank->n * sizeof(float));
+        bank->m = (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", state);
+        if (adam) bank->v = (float*)device_alloc(m, "Adam v", state);
+        if (FLOATX_IS_BF16 && !(bank->bf16 && bank->kind == TABLE))
+            bank->master = (float*)device_alloc(m, "master weights", state);
     }
 }
 
@@ -346,7 +401,8 @@ static void acts_build(Model* m) {
     for (size_t l = streams; l <= L; l++) a->x[l] = a->x[streams - 1];
     m->tokens = (int*)device_alloc(m, "scratch", N * sizeof(int));
     m->targets = (int*)device_alloc(m, "scratch", N * sizeof(int));
-    m->stats = (float*)device_alloc(m, "scratch", STATS * sizeof(float));
+    m->stats = (float*)device_alloc(m, "scratch", (STATS + m->micro_steps) * sizeof(float));
+    m->val_sum = (double*)device_alloc(m, "scratch", sizeof(double));
 }
 
 // U-net: the outputs of the first half of the layers are added, last first, on entry to the second.
@@ -361,15 +417,59 @@ static void plan_build(Model* m) {
     }
 }
 
+// The fp32 values of a bank from `offset` on pass from g into the weights, and into the masters
+// this rank owns. So new values, from a file or from the random numbers, are made in g.
+static void weights_adopt(Model* m, Bank* bank, size_t offset, size_t n) {
+    const ZeroBank* zero = &bank->zero;
+    float* value = bank->g + offset;
+    if (bank->bf16) cast_round_bf16(value, value, n, m->stream);
+    cast_to_floatX(bank->p + offset, value, n, m->stream);
+    for (int i = 0; i < zero->owned && bank->master; i++) {
+        size_t begin = zero->own[i] * zero->unit, end = begin + zero->unit;
+        size_t from = begin > offset ? begin : offset, to = end < offset + n ? end : offset + n;
+        if (from >= to) continue;
+        CUDA_CHECK(cudaMemcpyAsync(bank->master + i * zero->unit + (from - begin), bank->g + from,
+                                   (to - from) * sizeof(float), cudaMemcpyDeviceToDevice,
+                                   m->stream));
+    }
+}
+
+// The other way: g of every rank holds the fp32 values of all weights, until the next step. All
+// ranks call it together.
+static void weights_collect(Model* m) {
+    for (int b = 0; b < BANKS; b++) {
+        Bank* bank = &m->banks[b];
+        ZeroBank* zero = &bank->zero;
+        if (bank->n == 0) continue;
+        if (!bank->master) {      // then p is the value, on every rank
+            for (int k = 0; k < zero->bucket_count; k++)
+                zero_wait_gathered(&m->zero, zero, zero->buckets[k].first, m->stream);
+            cast_to_float(bank->g, bank->p, bank->n, m->stream);
+            continue;
+        }
+        for (int i = 0, run; i < zero->owned; i += run) {
+            run = zero_run(zero, i);
+            CUDA_CHECK(cudaMemcpyAsync(bank->g + zero->own[i] * zero->unit,
+                                       bank->master + i * zero->unit,
+                                       run * zero->unit * sizeof(float), cudaMemcpyDeviceToDevice,
+                                       m->stream));
+        }
+        for (int k = 0; k < zero->bucket_count; k++) {
+            zero_gather(&m->zero, zero, k, bank->g, true, m->stream);
+            zero_wait_gathered(&m->zero, zero, zero->buckets[k].first, m->stream);
+        }
+    }
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+}
+
 // Every tensor has its own random stream, so that a value depends on the seed, the tensor and the
 // place in it, and on nothing else.
 static void param_init(Model* m, ParamId id, int layer) {
     const Settings* cfg = m->cfg;
     const ParamRow* row = &PARAM_TABLE[id];
-    Bank* bank = &m->banks[row->bank];
-    size_t offset = param_offset(m, id, layer), n = (size_t)bank->rows * bank->cols;
-    floatX* p = bank->p + offset;
-    float* master = bank->master ? bank->master + offset : NULL;
+    const Bank* bank = &m->banks[row->bank];
+    size_t n = (size_t)bank->rows * bank->cols;
+    float* value = grad(m, id, layer);
     uint32_t rng = RNG_INIT_STREAM + (uint32_t)(id * MAX_LAYERS + layer);
     float fan_in = 1.0f / sqrtf((float)size_of(m, row->cols));
     float low = 0, high = 0;             // uniform between them; equal: a constant
@@ -388,32 +488,40 @@ static void param_init(Model* m, ParamId id, int layer) {
             if (cfg->init_head == FLAG_INIT_HEAD_UNIFORM) low = -fan_in, high = fan_in;
             break;
     }
-    if (normal) init_normal(p, master, n, bank->bf16, cfg->seed, rng, m->stream);
-    else init_uniform(p, master, n, low, high, bank->bf16, cfg->seed, rng, m->stream);
+    if (normal) init_normal(value, n, cfg->seed, rng, m->stream);
+    else init_uniform(value, n, low, high, cfg->seed, rng, m->stream);
 }
 
-// Sizes, plan and memory. Under --dry-run the memory is counted and not taken.
-static void model_build(Model* m, const Settings* cfg) {
+// Sizes, plan, owners and memory, of one rank. Under --dry-run the memory is counted and not taken.
+static void model_build(Model* m, const Settings* cfg, int rank, int world) {
     memset(m, 0, sizeof *m);
     m->cfg = cfg;
     m->B = (int)cfg->micro_batch, m->T = (int)cfg->seq_len, m->L = (int)cfg->layers;
     m->C = (int)cfg->channels, m->H = (int)cfg->heads, m->V = (int)cfg->vocab;
     m->D = m->C / m->H, m->F = 4 * m->C;
     m->R = logit_rows(m->B * m->T, m->V);
+    m->micro_steps = (int)(cfg->batch_tokens / ((int64_t)m->B * m->T * world));
+    zero_init(&m->zero, rank, world, cfg->zero != 0,
+              FLOATX_IS_BF16 && cfg->grad_reduce == FLAG_GRAD_REDUCE_WEIGHTS);
     REQUIRE(m->L <= MAX_LAYERS, "--layers %d is more than the %d this program has tables for", m->L,
             MAX_LAYERS);
     plan_build(m);
     banks_build(m);
-    size_t largest = 0;
-    for (int b = 0; b < BANKS; b++) if (m->banks[b].n > largest) largest = m->banks[b].n;
+    size_t largest = 0, wire = 0;
+    for (int b = 0; b < BANKS; b++) {
+        if (m->banks[b].owned > largest) largest = m->banks[b].owned;
+        size_t bucket = zero_wire_elements(&m->zero, &m->banks[b].zero);
+        if (bucket > wire) wire = bucket;
+    }
+    m->wire = (bf16*)device_alloc(m, "gradients to send", wire * sizeof(bf16));
     size_t norm = grad_norm_scratch_floats(largest), mix = mix_scratch_floats(m->B * m->T, m->C);
     m->reduce_floats = norm > mix ? norm : mix;
     acts_build(m);
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &m->banks[b];
-        if (bank->n == 0 || bank->kind != MATRIX || cfg->optimizer == FLAG_OPTIMIZER_ADAMW)
+        if (bank->owned == 0 || bank->kind != MATRIX || cfg->optimizer == FLAG_OPTIMIZER_ADAMW)
             continue;
-        size_t bytes = muon_scratch_bytes(bank->copies, bank->rows, bank->cols);
+        size_t bytes = muon_scratch_bytes(bank->zero.owned, bank->rows, bank->cols);
         if (bytes > m->muon_scratch_bytes) m->muon_scratch_bytes = bytes;
     }
     m->muon_scratch = device_alloc(m, "Newton-Schulz", m->muon_scratch_bytes);
@@ -432,19 +540,22 @@ static void zero_fill(Model* m, void* p, size_t bytes) {
     if (p) CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, m->stream));
 }
 
-// Stream, library, host buffers, and the first values of everything.
-static void model_start(Model* m) {
+// Streams, libraries, host buffers, and the first values of everything. `ranks`: NULL for one.
+static void model_start(Model* m, Ranks* ranks) {
     const Settings* cfg = m->cfg;
     size_t T = m->T, D = m->D, N = (size_t)m->B * m->T;
     CUDA_CHECK(cudaStreamCreate(&m->stream));
+    trace_name_stream(m->stream, "compute");
+    zero_start(&m->zero, m->shards, m->shard_count, m->wire);
+    zero_connect(&m->zero, ranks);
     CUDA_CHECK(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
     matmul_init(&m->matmul, m->stream);
     embedding_index_init(&m->index, (int)N, m->V, m->C);
-    m->micro_steps = (int)(cfg->batch_tokens / (int64_t)N);
     CUDA_CHECK(cudaMallocHost((void**)&m->tokens_host, N * sizeof(int)));
     CUDA_CHECK(cudaMallocHost((void**)&m->targets_host, N * sizeof(int)));
     CUDA_CHECK(
         cudaMallocHost((void**)&m->stats_host, (STATS + (size_t)m->micro_steps) * sizeof(float)));
+    CUDA_CHECK(cudaMallocHost((void**)&m->val_sum_host, sizeof(double)));
     float one = 1.0f;
     CUDA_CHECK(cudaMemcpy(m->stats + STAT_ONE, &one, sizeof one, cudaMemcpyHostToDevice));
 
@@ -459,26 +570,29 @@ static void model_start(Model* m) {
 
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &m->banks[b];
-        zero_fill(m, bank->p, bank->n * sizeof(floatX));
-        zero_fill(m, bank->master, bank->n * sizeof(float));
         zero_fill(m, bank->g, bank->n * sizeof(float));
-        zero_fill(m, bank->m, bank->n * sizeof(float));
-        zero_fill(m, bank->v, bank->n * sizeof(float));
+        zero_fill(m, bank->m, bank->owned * sizeof(float));
+        zero_fill(m, bank->v, bank->owned * sizeof(float));
     }
     for (int id = 0; id < PARAMS; id++)
         for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++)
             param_init(m, (ParamId)id, layer);
+    for (int b = 0; b < BANKS; b++)
+        if (m->banks[b].n) weights_adopt(m, &m->banks[b], 0, m->banks[b].n);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
 static void model_free(Model* m) {
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    zero_free(&m->zero, m->shards, m->shard_count);
+    for (int b = 0; b < BANKS; b++) zero_bank_free(&m->banks[b].zero);
     for (int i = 0; i < m->allocations; i++) CUDA_CHECK(cudaFree(m->allocation[i]));
     embedding_index_free(&m->index);
     matmul_free(&m->matmul);
     CUDA_CHECK(cudaFreeHost(m->tokens_host));
     CUDA_CHECK(cudaFreeHost(m->targets_host));
     CUDA_CHECK(cudaFreeHost(m->stats_host));
+    CUDA_CHECK(cudaFreeHost(m->val_sum_host));
     CUDA_CHECK(cudaEventDestroy(m->uploaded));
     CUDA_CHECK(cudaStreamDestroy(m->stream));
 }
@@ -488,6 +602,12 @@ static float attention_scale(const Model* m) {
 }
 
 // ---- forward -----------------------------------------------------------------------------------
+
+// Forward goes on when the layer's weights of this bank have come from their owners.
+static void weights_wait(Model* m, BankId b, int layer) {
+    Bank* bank = &m->banks[b];
+    zero_wait_gathered(&m->zero, &bank->zero, layer * bank->slots, m->stream);
+}
 
 // What layer l left in the stream; only for layers whose output a skip reads.
 static floatX* skip_source(Model* m, int l) {
@@ -555,13 +675,17 @@ static void forward(Model* m, int B, int T) {
     Matmul* mm = &m->matmul;
     floatX *x0 = a->x[0], *branch = a->branch[0], *fc = a->fc[0], *mid = a->mid[0];
 
+    trace_label("embed");
+    weights_wait(m, BANK_EMBED, 0);
     embedding_forward(cfg->embed_norm ? a->emb[0] : x0, weight(m, WTE, 0), m->tokens, N, C, s);
     if (cfg->embed_norm) rmsnorm_forward(x0, a->emb_rstd[0], a->emb[0], N, C, eps, s);    // (N, C)
     PROBE("x0", 0, x0, N, C, C);
     const floatX* x = x0;
     for (int l = 0; l < m->L; l++) {
         floatX *qkv = a->qkv[l], *att = a->att[l];
+        trace_label("forward %d", l);
         x = layer_enter(m, l, x, l ? branch : NULL, N);                              // ln1 (N, C)
+        weights_wait(m, BANK_ATTN, l);
         matmul_nt(qkv, a->ln1[l], weight(m, ATTN_Q, l), N, 3 * C, C, mm, s);         // (N, 3C)
         PROBE("qkv", l, qkv, N, 3 * C, 3 * C);
         qknorm_rotary_forward(qkv, a->qk_rstd[l], a->cos[0], a->sin[0], N, T, H, D, 3 * C,
@@ -574,6 +698,7 @@ static void forward(Model* m, int B, int T) {
         residual_rmsnorm_forward(mid, a->ln2[l], a->ln2_rstd[l], x, branch, N, C, eps, s);
         PROBE("after_attn", l, mid, N, C, C);
         x = mid;
+        weights_wait(m, BANK_MLP, l);
         matmul_nt(fc, a->ln2[l], weight(m, MLP_FC, l), N, F, C, mm, s);              // (N, F)
         PROBE("fc", l, fc, N, F, F);
         relu2_forward(a->relu[l], fc, (size_t)N * F, s);                             // (N, F)
@@ -583,9 +708,9 @@ static void forward(Model* m, int B, int T) {
     layer_enter(m, m->L, x, branch, N);                                              // lnf (N, C)
 }
 
-// Loss of the N rows in acts.lnf, added up in stats[STAT_LOSS]. With `train`, also the gradients of
-// the head and of lnf (into acts.dln), scaled by grad_scale. The logits of R rows exist at a time.
-static void classify(Model* m, int N, bool train, float grad_scale, bool first) {
+// Loss of the N rows in acts.lnf, added up in *loss. With `train`, also the gradients of the head
+// and of lnf (into acts.dln), scaled by grad_scale. The logits of R rows exist at a time.
+static void classify(Model* m, float* loss, int N, bool train, float grad_scale, bool first) {
     const Settings* cfg = m->cfg;
     Acts* a = &m->acts;
     int C = m->C, V = m->V, V8 = loss_stride(V);
@@ -593,6 +718,8 @@ static void classify(Model* m, int N, bool train, float grad_scale, bool first) 
     Matmul* mm = &m->matmul;
     floatX* logits = a->logits[0];
     const floatX* head = weight(m, head_id(m), 0);
+    trace_label("classify");
+    if (head_id(m) == LM_HEAD) weights_wait(m, BANK_HEAD, 0);
     for (int row = 0; row < N; row += m->R) {
         int rows = N - row < m->R ? N - row : m->R;
         const floatX* x = a->lnf[0] + (size_t)row * C;
@@ -607,7 +734,7 @@ static void classify(Model* m, int N, bool train, float grad_scale, bool first) 
         matmul_nn(dx, logits, head, rows, C, V8, mm, s);                             // (rows, C)
         matmul_tn(grad(m, head_id(m), 0), logits, x, V8, C, rows, beta, mm, s);      // (V8, C)
     }
-    loss_sum(m->stats + STAT_LOSS, a->losses[0], N, s);
+    loss_sum(loss, a->losses[0], N, s);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -646,8 +773,17 @@ static void layer_enter_backward(Model* m, int l, floatX* dx, int N) {
     }
 }
 
+// The gradients of a bank are whole from `layer` on upwards: sends what has not been sent.
+static void reduce_from(Model* m, BankId b, int layer) {
+    Bank* bank = &m->banks[b];
+    for (int k = 0; k < bank->zero.bucket_count && bank->n; k++)
+        if (bank->zero.buckets[k].first == layer * bank->slots)
+            zero_reduce(&m->zero, &bank->zero, k, bank->g, m->stream);
+}
+
 // Adds the gradients of this micro-batch to the banks' g (or sets them, if it is the step's first).
-static void backward(Model* m, int B, int T, bool first) {
+// In the step's last micro-batch they are on their way to their owners as soon as they are whole.
+static void backward(Model* m, int B, int T, bool first, bool last) {
     const Settings* cfg = m->cfg;
     Acts* a = &m->acts;
     int N = B * T, C = m->C, H = m->H, D = m->D, F = m->F, ldv;
@@ -659,12 +795,15 @@ static void backward(Model* m, int B, int T, bool first) {
     floatX *dx = a->dx[0], *dln = a->dln[0], *dfc = a->dfc[0];
     floatX *datt = a->datt[0], *dqkv = a->dqkv[0];
 
+    if (last && head_id(m) == LM_HEAD) reduce_from(m, BANK_HEAD, 0);
+    trace_label("backward %d", m->L - 1);
     if (cfg->x0_mix) CUDA_CHECK(cudaMemsetAsync(a->dx0[0], 0, stream_bytes, s));
     if (cfg->value_residual) CUDA_CHECK(cudaMemsetAsync(a->dv0[0], 0, stream_bytes, s));
 
     rmsnorm_backward(dx, dln, a->lnf[0], a->lnf_rstd[0], N, C, false, s);            // (N, C)
     for (int l = m->L - 1; l >= 0; l--) {
         floatX *qkv = a->qkv[l], *att = a->att[l];
+        trace_label("backward %d", l);
         if (m->plan[l].is_skip_source) residual_add(dx, dx, a->dskip[l], (size_t)N * C, s);
         PROBE("dout", l, dx, N, C, C);
         matmul_tn(grad(m, MLP_PROJ, l), a->relu[l], dx, F, C, N, beta, mm, s);       // (F, C)
@@ -686,11 +825,17 @@ static void backward(Model* m, int B, int T, bool first) {
         matmul_nn(dln, dqkv, weight(m, ATTN_Q, l), N, C, 3 * C, mm, s);              // (N, C)
         rmsnorm_backward(dx, dln, a->ln1[l], a->ln1_rstd[l], N, C, true, s);         // (N, C)
         layer_enter_backward(m, l, dx, N);
+        if (last) reduce_from(m, BANK_MLP, l);
+        if (last) reduce_from(m, BANK_ATTN, l);
     }
+    trace_label("embed backward");
     if (cfg->x0_mix) residual_add(dx, dx, a->dx0[0], (size_t)N * C, s);
     if (cfg->embed_norm) rmsnorm_backward(dx, dx, a->x[0], a->emb_rstd[0], N, C, false, s);
     PROBE("demb", 0, dx, N, C, C);
     embedding_backward(grad(m, WTE, 0), dx, &m->index, C, s);                        // (V, C)
+    if (!last) return;
+    for (int b = BANK_MLP + 1; b < BANKS; b++) reduce_from(m, (BankId)b, 0);         // scalars
+    reduce_from(m, BANK_EMBED, 0);
 }
 
 // Gradients that are added to, not written, by the kernels that make them start a step at zero.
@@ -715,41 +860,72 @@ static float bank_lr(const Settings* cfg, BankId b) {
     }
 }
 
-// step counts from 1. Reads g, changes p, master and the optimizer's state.
-static void update(Model* m, int64_t step, Schedule now) {
+static void update_adamw(Model* m, Bank* bank, int64_t step, float lr) {
     const Settings* cfg = m->cfg;
-    for (int b = 0; b < BANKS; b++) {
-        Bank* bank = &m->banks[b];
-        if (bank->n == 0) continue;
-        float lr = bank_lr(cfg, (BankId)b) * now.lr_mult;
-        if (bank->v) {
-            adamw_update(bank->p, bank->master, bank->g, bank->m, bank->v, bank->n, lr,
-                         cfg->adam_beta1, cfg->adam_beta2, (float)cfg->adam_eps,
-                         (float)cfg->weight_decay, (int)step, bank->bf16, m->stream);
-            continue;
-        }
-        float scale[4 * MAX_LAYERS];      // the logical shape decides, not the one in memory
-        for (int id = 0; id < PARAMS; id++) {
-            const ParamRow* row = &PARAM_TABLE[id];
-            if (row->bank != b) continue;
-            for (int i = row->slot; i < bank->copies; i += bank->slots)
-                scale[i] = muon_scale((MuonScale)cfg->muon_scale, size_of(m, row->rows),
-                                      size_of(m, row->cols));
-        }
-        muon_update(bank->p, bank->master, bank->g, bank->m, bank->copies, bank->rows, bank->cols,
-                    scale, lr, now.muon_momentum, (MuonForm)cfg->muon_form, (int)cfg->ns_steps,
-                    m->muon_scratch, m->muon_scratch_bytes, &m->matmul, m->stream);
+    const ZeroBank* zero = &bank->zero;
+    for (int i = 0, run; i < zero->owned; i += run) {
+        run = zero_run(zero, i);
+        size_t at = zero->own[i] * zero->unit, own = i * zero->unit;
+        adamw_update(bank->p + at, bank->master ? bank->master + own : NULL, bank->g + at,
+                     bank->m + own, bank->v + own, run * zero->unit, lr, cfg->adam_beta1,
+                     cfg->adam_beta2, (float)cfg->adam_eps, (float)cfg->weight_decay, (int)step,
+                     bank->bf16, m->stream);
     }
 }
 
-// stats[STAT_NORM2], stats[STAT_NONFINITE]: over all gradients.
+static void update_muon(Model* m, BankId b, Schedule now, float lr) {
+    const Settings* cfg = m->cfg;
+    Bank* bank = &m->banks[b];
+    float scale[4 * MAX_LAYERS];      // the logical shape decides, not the one in memory
+    for (int i = 0; i < bank->zero.owned; i++) {
+        for (int id = 0; id < PARAMS; id++) {
+            const ParamRow* row = &PARAM_TABLE[id];
+            if (row->bank == b && row->slot == bank->zero.own[i] % bank->slots)
+                scale[i] = muon_scale((MuonScale)cfg->muon_scale, size_of(m, row->rows),
+                                      size_of(m, row->cols));
+        }
+    }
+    muon_update(bank->p, bank->master, bank->g, bank->m, bank->zero.own, bank->zero.owned,
+                bank->rows, bank->cols, bank->stride, scale, lr, now.muon_momentum,
+                (MuonForm)cfg->muon_form, (int)cfg->ns_steps, m->muon_scratch,
+                m->muon_scratch_bytes, &m->matmul, m->stream);
+}
+
+// step counts from 1. Reads g, changes p, master and the optimizer's state. What AdamW does is
+// short and comes first: its weights are then on their way to the other ranks under Newton-Schulz,
+// and the table is what the next forward needs first.
+static void update(Model* m, int64_t step, Schedule now) {
+    const Settings* cfg = m->cfg;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int b = 0; b < BANKS; b++) {
+            Bank* bank = &m->banks[b];
+            int muon = bank->kind == MATRIX && cfg->optimizer == FLAG_OPTIMIZER_MUON;
+            if (bank->n == 0 || muon != pass) continue;
+            float lr = bank_lr(cfg, (BankId)b) * now.lr_mult;
+            trace_label("update");
+            if (!muon) update_adamw(m, bank, step, lr);
+            else if (bank->owned) update_muon(m, (BankId)b, now, lr);
+            for (int k = 0; k < bank->zero.bucket_count; k++)
+                zero_gather(&m->zero, &bank->zero, k, bank->p, false, m->stream);
+        }
+    }
+}
+
+// stats[STAT_NORM2], stats[STAT_NONFINITE]: this rank's part of the sums over all gradients. What
+// every rank has is rank 0's part.
 static void measure_gradients(Model* m) {
-    bool more = false;
+    trace_label("measure");
+    zero_wait_reduced(&m->zero, m->stream);
+    zero_fill(m, m->stats + STAT_NORM2, 2 * sizeof(float));
     for (int b = 0; b < BANKS; b++) {
-        if (m->banks[b].n == 0) continue;
-        grad_norm(m->stats + STAT_NORM2, m->banks[b].g, m->banks[b].n, more, m->acts.reduce[0],
-                  m->stream);
-        more = true;
+        const Bank* bank = &m->banks[b];
+        const ZeroBank* zero = &bank->zero;
+        if (bank->n == 0 || (zero->replicated && m->zero.rank != 0)) continue;
+        for (int i = 0, run; i < zero->owned; i += run) {
+            run = zero_run(zero, i);
+            grad_norm(m->stats + STAT_NORM2, bank->g + zero->own[i] * zero->unit, run * zero->unit,
+                      true, m->acts.reduce[0], m->stream);
+        }
     }
 }
 
@@ -776,19 +952,23 @@ static void micro_step(Model* m, int micro, float grad_scale) {
     embedding_index_upload(&m->index, m->stream);
     batch_upload(m, N);
     forward(m, m->B, m->T);
-    classify(m, N, true, grad_scale, first);
-    CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STATS + micro, m->stats + STAT_LOSS, sizeof(float),
-                               cudaMemcpyDeviceToHost, m->stream));
-    backward(m, m->B, m->T, first);
+    classify(m, m->stats + STATS + micro, N, true, grad_scale, first);
+    backward(m, m->B, m->T, first, micro == m->micro_steps - 1);
 }
 
-typedef struct StepStats { double loss, grad_norm; bool finite; } StepStats;
+typedef struct StepStats { double loss, grad_norm; bool finite, stop; } StepStats;
 
-// Waits for the step's gradients: nothing is updated from a loss or a gradient that is not finite.
-static StepStats step_stats(Model* m) {
+// Over all ranks, and equal on all of them. Waits for the step's gradients: nothing is updated from
+// a loss or a gradient that is not finite. `stop`: whether this rank was asked to.
+static StepStats step_stats(Model* m, bool stop) {
+    size_t summed = STATS - STAT_NORM2 + m->micro_steps;
     measure_gradients(m);
-    CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, STATS * sizeof(float),
-                               cudaMemcpyDeviceToHost, m->stream));
+    m->stats_host[STAT_STOP] = stop;
+    CUDA_CHECK(cudaMemcpyAsync(m->stats + STAT_STOP, m->stats_host + STAT_STOP, sizeof(float),
+                               cudaMemcpyHostToDevice, m->stream));
+    zero_sum(&m->zero, m->stats + STAT_NORM2, summed, false, m->stream);
+    CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STAT_NORM2, m->stats + STAT_NORM2,
+                               summed * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     double loss = 0;
     for (int micro = 0; micro < m->micro_steps; micro++) loss += m->stats_host[STATS + micro];
@@ -796,25 +976,32 @@ static StepStats step_stats(Model* m) {
     stats.loss = loss / (double)m->cfg->batch_tokens;
     stats.grad_norm = sqrt((double)m->stats_host[STAT_NORM2]);
     stats.finite = isfinite(loss) && m->stats_host[STAT_NONFINITE] == 0.0f;
+    stats.stop = m->stats_host[STAT_STOP] != 0.0f;
     return stats;
 }
 
 // Mean loss over exactly the predictions that val_open was asked for.
 static double evaluate(Model* m, ValLoader* val) {
-    double total = 0;
     int N = m->B * m->T;
+    *m->val_sum_host = 0;
     for (int64_t k = 0; k < val->batches; k++) {
         batch_wait(m);
         val_batch(val, k, m->tokens_host, m->targets_host);
         batch_upload(m, N);
         forward(m, m->B, m->T);
-        classify(m, N, false, 0.0f, false);
-        CUDA_CHECK(cudaMemcpyAsync(m->stats_host, m->stats, sizeof(float), cudaMemcpyDeviceToHost,
-                                   m->stream));
+        classify(m, m->stats + STAT_LOSS, N, false, 0.0f, false);
+        CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STAT_LOSS, m->stats + STAT_LOSS, sizeof(float),
+                                   cudaMemcpyDeviceToHost, m->stream));
         CUDA_CHECK(cudaStreamSynchronize(m->stream));
-        total += m->stats_host[STAT_LOSS];
+        *m->val_sum_host += m->stats_host[STAT_LOSS];
     }
-    return total / (double)val->predictions;
+    CUDA_CHECK(cudaMemcpyAsync(m->val_sum, m->val_sum_host, sizeof(double), cudaMemcpyHostToDevice,
+                               m->stream));
+    zero_sum(&m->zero, m->val_sum, 1, true, m->stream);
+    CUDA_CHECK(cudaMemcpyAsync(m->val_sum_host, m->val_sum, sizeof(double), cudaMemcpyDeviceToHost,
+                               m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    return *m->val_sum_host / (double)val->predictions;
 }
 
 // ---- weights to a file and back ---------------------------------------------------------------
@@ -841,37 +1028,21 @@ static void param_name(char* name, size_t size, ParamId id, int layer) {
     snprintf(name, size, PARAM_TABLE[id].name, layer);
 }
 
-// Value of a parameter in fp32, whatever it is kept in.
+// Value of a parameter in fp32, whatever it is kept in; after weights_collect.
 static void param_read(Model* m, float* out, ParamId id, int layer) {
-    const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
-    size_t n = (size_t)bank->rows * bank->cols, offset = param_offset(m, id, layer);
-    if (bank->master) {
-        tensor_read(m, out, bank->master + offset, id);
-        return;
-    }
-    uint16_t* half = (uint16_t*)host_alloc(
-        n, sizeof(uint16_t)); // a table without a master: bf16, never transposed
-    CUDA_CHECK(cudaMemcpy(half, bank->p + offset, n * sizeof(uint16_t), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) {
-        uint32_t bits = (uint32_t)half[i] << 16;
-        memcpy(&out[i], &bits, sizeof bits);
-    }
-    free(half);
+    tensor_read(m, out, grad(m, id, layer), id);
 }
 
 static void param_write(Model* m, const float* in, ParamId id, int layer) {
     const ParamRow* row = &PARAM_TABLE[id];
-    const Bank* bank = &m->banks[row->bank];
-    size_t n = (size_t)bank->rows * bank->cols, offset = param_offset(m, id, layer);
-    float *copy = (float*)host_alloc(n, sizeof(float)), *device = NULL;
+    Bank* bank = &m->banks[row->bank];
+    size_t n = (size_t)bank->rows * bank->cols;
+    float* copy = (float*)host_alloc(n, sizeof(float));
     if (row->transposed) tensor_transpose(copy, in, bank->cols, bank->rows);
     else memcpy(copy, in, n * sizeof(float));
-    CUDA_CHECK(cudaMalloc((void**)&device, n * sizeof(float)));
-    CUDA_CHECK(cudaMemcpy(device, copy, n * sizeof(float), cudaMemcpyHostToDevice));
-    init_copy(bank->p + offset, bank->master ? bank->master + offset : NULL, device, n, bank->bf16,
-              m->stream);
+    CUDA_CHECK(cudaMemcpy(grad(m, id, layer), copy, n * sizeof(float), cudaMemcpyHostToDevice));
+    weights_adopt(m, bank, param_offset(m, id, layer), n);
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaFree(device));
     free(copy);
 }
 
@@ -898,8 +1069,11 @@ static const void* weight_fetch(void* context, int i) {
     return file->data;
 }
 
-// All parameters, in fp32 and in their logical shapes, under the names of PARAM_TABLE.
+// All parameters, in fp32 and in their logical shapes, under the names of PARAM_TABLE. All ranks
+// call it, rank 0 writes.
 static void weights_save(Model* m, const char* path, int64_t step) {
+    weights_collect(m);
+    if (m->zero.rank != 0) return;
     WeightFile* file = (WeightFile*)host_alloc(1, sizeof(WeightFile));
     size_t largest = 0;
     int count = 0;
@@ -1024,6 +1198,45 @@ static size_t memory_total(const Model* m) {
     return total;
 }
 
+// Who owns what, and what a step costs on the wire.
+static void print_ranks(FILE* out, const Model* m) {
+    const Zero* z = &m->zero;
+    if (z->world == 1) return;
+    size_t reduce = 0, gather = 0, sums, all = 0;
+    double heaviest = 0, sum = 0;
+    for (int i = 0; i < m->shard_count; i++) {
+        const ZeroBank* bank = m->shards[i];
+        reduce += zero_reduce_bytes(z, bank);
+        gather += zero_gather_bytes(z, bank);
+        all += bank->unit * bank->units;
+    }
+    sums = zero_sum_bytes(z, STATS - STAT_NORM2 + m->micro_steps, sizeof(float));
+    fprintf(out, "ranks %d, gradients travel in %s, %d micro-steps of each rank in a step\n",
+            z->world, z->wire_bf16 ? "bf16" : "fp32", m->micro_steps);
+    fprintf(out, "  on the wire per step and rank: %zu bytes to reduce %zu gradients, %zu to "
+            "gather weights, %zu for sums: %.1f MB\n", reduce, all, gather, sums,
+            (reduce + gather + sums) / 1e6);
+    if (!z->shard) return;
+    for (int r = 0; r < z->world; r++) {
+        sum += z->load[r];
+        if (z->load[r] > heaviest) heaviest = z->load[r];
+    }
+    fprintf(out, "  the busiest rank's update costs %.3f of the mean\n",
+            sum > 0 ? heaviest * z->world / sum : 1.0);
+    for (int r = 0; r < z->world; r++) {
+        fprintf(out, "  rank %d owns", r);
+        for (int b = 0; b < BANKS; b++) {
+            const Bank* bank = &m->banks[b];
+            if (bank->n == 0 || bank->kind != MATRIX) continue;
+            fprintf(out, "%s", b == BANK_ATTN ? " attn" : "; mlp");
+            for (int i = 0; i < bank->zero.units; i++)
+                if (bank->zero.owner[i] == r)
+                    fprintf(out, " %d.%d", i / bank->slots, i % bank->slots);
+        }
+        fputc('\n', out);
+    }
+}
+
 static void print_model(FILE* out, const Model* m) {
     fprintf(out, "parameters %" PRId64 ", %d tokens in a micro-batch, %s\n", param_count(m),
             m->B * m->T, FLOATX_IS_BF16 ? "bf16" : "fp32");
@@ -1031,6 +1244,7 @@ static void print_model(FILE* out, const Model* m) {
         fprintf(out, "  %-18s %10.1f MiB\n", m->memory[i].name, m->memory[i].bytes / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", memory_total(m) / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "and on the host", m->host_bytes / 1048576.0);
+    print_ranks(out, m);
 }
 
 // What the table said against what the system counted: on the CPU the device's memory is the
@@ -1057,8 +1271,8 @@ static void save_step(Model* m, int64_t step, const char* suffix) {
     weights_save(m, path, step);
 }
 
-// Returns the last validation loss. The clock runs for training only, not for validation, samples
-// and files.
+// Returns the last validation loss, of all ranks. The clock runs for training only, not for
+// validation, samples and files.
 static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     const Settings* cfg = m->cfg;
     float grad_scale = 1.0f / (float)cfg->batch_tokens;
@@ -1066,15 +1280,17 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     int64_t epoch = data->epoch;
     Clock clock = {};
     int64_t step = 0;
+    bool stop = false;      // agreed on by all ranks: they leave after the same step
     for (;; step++) {
-        bool last = step == cfg->steps || interrupted;
+        bool last = step == cfg->steps || stop;
         if (last) save_step(m, step, "");      // first: a second Ctrl-C must not cost the weights
         if (last || step % cfg->val_every == 0) {
             val_loss = evaluate(m, val);
             log_val(log, step, val_loss, clock_seconds(&clock));
         }
         bool every = cfg->sample_every && step && step % cfg->sample_every == 0;
-        if (every && cfg->sample_tokens && !last) sample(m, log, step, (int)cfg->sample_tokens);
+        if (every && cfg->sample_tokens && !last && m->zero.rank == 0)
+            sample(m, log, step, (int)cfg->sample_tokens);
         if (cfg->save_every && step && step % cfg->save_every == 0 && !last) {
             char suffix[32];
             snprintf(suffix, sizeof suffix, "_%06" PRId64, step);
@@ -1083,13 +1299,16 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
         if (last) break;
 
         clock_start(&clock);
+        trace_step(step + 1);
         Schedule now = schedule_at(cfg, step);
         for (int micro = 0; micro < m->micro_steps; micro++) {
             batch_wait(m);
             loader_next(data, m->tokens_host, m->targets_host);
             micro_step(m, micro, grad_scale);
         }
-        StepStats stats = step_stats(m);
+        StepStats stats = step_stats(m, interrupted);
+        stop = stats.stop;
+        if (stop) interrupted = 1;      // by any rank
         if (!stats.finite) {
             die("step %" PRId64
                 ": loss %g, gradient norm %g, %g gradients not finite (last finite loss %g)\n"
@@ -1098,7 +1317,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
                 last_loss);
         }
         update(m, step + 1, now);
-        if (interrupted || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
+        if (stop || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
         double train_s = clock_stop(&clock);
         last_loss = stats.loss;
         if (data->epoch != epoch)
@@ -1114,7 +1333,7 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
                         (step + 1) * cfg->batch_tokens};
         log_train(log, &line);
     }
-    if (cfg->sample_tokens) sample(m, log, step, (int)cfg->sample_tokens);
+    if (cfg->sample_tokens && m->zero.rank == 0) sample(m, log, step, (int)cfg->sample_tokens);
     note_memory(m, log);
     log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
     return val_loss;
@@ -1123,42 +1342,84 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
 // ---- main -------------------------------------------------------------------------------------
 
 #ifndef TRAIN_GPT2_NO_MAIN
+static Model model;
+
+static bool model_failed(char* what, size_t size) { return zero_failed(&model.zero, what, size); }
+
+// Ranks of different flags, programs or data would train on without a sign of it.
+static void compare_settings(Ranks* ranks, const Settings* cfg) {
+    char text[FLAG_COUNT * (TEXT_SIZE + 64)];
+    settings_text(text, sizeof text - 64, cfg);
+    snprintf(text + strlen(text), 64, "program = %016" PRIx64 "\n", file_hash("/proc/self/exe"));
+    ranks_compare(ranks, text);
+}
+static void compare_data(Ranks* ranks, const Shards* train, const Shards* val) {
+    char text[512];
+    snprintf(text, sizeof text,
+             "number of training shards = %d\nnumber of training tokens = %" PRId64
+             "\nnames and sizes of the training shards = %016" PRIx64
+             "\nnumber of validation tokens = %" PRId64
+             "\nnames and sizes of the validation shards = %016" PRIx64 "\n",
+             train->count, shards_total(train), shards_hash(train), shards_total(val),
+             shards_hash(val));
+    ranks_compare(ranks, text);
+}
+
 int main(int argc, char** argv) {
     static Settings cfg;
-    static Model model;
+    static Ranks ranks;
     static Log log;
+    ranks_start(&ranks, &argc, &argv);
+    int rank = ranks.rank, world = ranks.world;
     settings_parse(&cfg, argc, argv);
-    settings_check(&cfg, 1);
     bool sample_only = cfg.load[0] && !cfg.train[0];
+    if (cfg.dry_run && cfg.ranks) world = (int)cfg.ranks;
+    settings_check(&cfg, world);
+    REQUIRE(!sample_only || world == 1, "--load without --train samples on one rank, found %d\n"
+            "start one process", world);
+    compare_settings(&ranks, &cfg);
+    if (!cfg.dry_run) {
+        log_open(&log, &cfg, rank);
+        ranks_watch(&ranks, cfg.out, model_failed);
+        zero_choose_device(&ranks);
+    }
     Loader data;
     ValLoader val;
-    if (!cfg.dry_run && !sample_only) {      // what is wrong with the data shows before the long part
+    if (!cfg.dry_run && !sample_only) {  // what is wrong with the data shows before the long part
         loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), (int)cfg.micro_batch,
-                    (int)cfg.seq_len, 0, 1, (int)cfg.vocab, cfg.batching, (int)cfg.data_ranks);
-        val_open(&val, cfg.val, cfg.val_tokens, (int)cfg.micro_batch, (int)cfg.seq_len, 0, 1,
+                    (int)cfg.seq_len, rank, world, (int)cfg.vocab, cfg.batching,
+                    (int)cfg.data_ranks);
+        val_open(&val, cfg.val, cfg.val_tokens, (int)cfg.micro_batch, (int)cfg.seq_len, rank, world,
                  (int)cfg.vocab);
+        compare_data(&ranks, &data.shards, &val.shards);
     }
-    model_build(&model, &cfg);
-    settings_print(stdout, &cfg);
-    print_model(stdout, &model);
-    if (cfg.dry_run) return 0;
-    model_start(&model);
-    if (cfg.load[0]) weights_load(&model, cfg.load);
-    log_open(&log, &cfg);
-    if (sample_only) {
-        sample(&model, &log, 0, (int)cfg.sample_tokens);
-        log_close(&log);
-        model_free(&model);
+    trace_steps = cfg.trace_steps;
+    trace_open(cfg.trace, rank, world);
+    model_build(&model, &cfg, rank, world);
+    if (rank == 0) {
+        settings_print(stdout, &cfg);
+        print_model(stdout, &model);
+    }
+    if (cfg.dry_run) {
+        ranks_stop(&ranks);
         return 0;
     }
-    loader_describe(stdout, &data);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
-    train(&model, &data, &val, &log);
-    loader_close(&data);
-    val_close(&val);
+    model_start(&model, &ranks);
+    if (cfg.load[0]) weights_load(&model, cfg.load);
+    if (sample_only) {
+        sample(&model, &log, 0, (int)cfg.sample_tokens);
+    } else {
+        if (rank == 0) loader_describe(stdout, &data);
+        signal(SIGINT, on_interrupt);
+        signal(SIGTERM, on_interrupt);
+        train(&model, &data, &val, &log);
+        loader_close(&data);
+        val_close(&val);
+    }
+    trace_close();
     log_close(&log);
     model_free(&model);
+    ranks_stop(&ranks);
     return interrupted ? 130 : 0;
 }
 #endif

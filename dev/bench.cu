@@ -40,7 +40,7 @@ static float* bench_floats(size_t n) {
 static floatX* bench_tensor(size_t n) {
     float* from = bench_floats(n);
     floatX* p = (floatX*)bench_alloc(n * sizeof(floatX));
-    init_copy(p, NULL, from, n, false, stream);
+    cast_to_floatX(p, from, n, stream);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaFree(from));
     return p;
@@ -286,9 +286,11 @@ static void bench_optimizers(size_t n, Matmul* mm) {
         for (Row r = row_begin("newton_schulz", shape, GFLOPS, flop, 0, 0); row_again(&r);)
             newton_schulz(p, g, count, rows, cols, 5, scratch, bytes, mm, stream);
         float scale[4] = {1, 1, 1, 1};
+        int place[4] = {0, 1, 2, 3};
         for (Row r = row_begin("muon_update", shape, GFLOPS, flop, 0, 0); row_again(&r);)
-            muon_update(p, FLOATX_IS_BF16 ? master : (float*)p, g, m, count, rows, cols, scale,
-                        1e-3f, 0.95f, MUON_FORM_SUM, 5, scratch, bytes, mm, stream);
+            muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, place, count, rows, cols,
+                        (size_t)rows * cols, scale, 1e-3f, 0.95f, MUON_FORM_SUM, 5, scratch, bytes,
+                        mm, stream);
         CUDA_CHECK(cudaFree(scratch));
     }
     void* all[] = {g, m, v, master, partial, p};
@@ -442,8 +444,8 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
     const char* argv[] = {"bench", "--recipe", "modern", "--optimizer", optimizer, "--batch-tokens",
                           batch, "--seq-len", seq, "--micro-batch", micro};
     settings_parse(&cfg, sizeof argv / sizeof argv[0], (char**)argv);
-    model_build(&model, &cfg);
-    model_start(&model);
+    model_build(&model, &cfg, 0, 1);
+    model_start(&model, NULL);
     double best = 0;
     Schedule now = schedule_at(&cfg, 1);
     for (int step = 0; step < steps; step++) {
@@ -454,7 +456,7 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
         profile_start();
         double begin = clock_now();
         micro_step(&model, 0, 1.0f / (float)N);
-        StepStats stats = step_stats(&model);
+        StepStats stats = step_stats(&model, false);
         REQUIRE(stats.finite, "the loss of step %d is not finite", step + 1);
         update(&model, step + 1, now);
         CUDA_CHECK(cudaStreamSynchronize(model.stream));

@@ -110,6 +110,18 @@ static inline void shards_open(Shards* s, const char* pattern, int vocab) {
     globfree(&found);
 }
 
+// A number that differs where names (without their folders) or sizes do.
+static inline uint64_t shards_hash(const Shards* s) {
+    uint64_t hash = HASH_START;
+    for (int i = 0; i < s->count; i++) {
+        const char* slash = strrchr(s->paths[i], '/');
+        const char* name = slash ? slash + 1 : s->paths[i];
+        hash = hash_bytes(hash, name, strlen(name) + 1);
+        hash = hash_bytes(hash, &s->first[i + 1], sizeof s->first[i + 1]);
+    }
+    return hash;
+}
+
 static inline void shards_close(Shards* s) {
     if (s->fd >= 0) close(s->fd);
     for (int i = 0; i < s->count; i++) free(s->paths[i]);

@@ -26,6 +26,7 @@ test        test/test_services.c: flags
 // W(constant, word): the enum and the words the parser knows come from the same list.
 #define OPTIMIZER_WORDS(W)  W(FLAG_OPTIMIZER_MUON, "muon") W(FLAG_OPTIMIZER_ADAMW, "adamw")
 #define BATCHING_WORDS(W)   W(FLAG_BATCHING_STREAM, "stream") W(FLAG_BATCHING_STRIDED, "strided")
+#define GRAD_REDUCE_WORDS(W) W(FLAG_GRAD_REDUCE_WEIGHTS, "weights") W(FLAG_GRAD_REDUCE_FP32, "fp32")
 #define HEAD_WORDS(W)       W(FLAG_HEAD_TIED, "tied") W(FLAG_HEAD_UNTIED, "untied")
 #define INIT_EMBED_WORDS(W) W(FLAG_INIT_UNIFORM, "uniform") W(FLAG_INIT_NORMAL, "normal")
 #define INIT_HEAD_WORDS(W)  W(FLAG_INIT_HEAD_ZERO, "zero") W(FLAG_INIT_HEAD_UNIFORM, "uniform")
@@ -41,6 +42,7 @@ test        test/test_services.c: flags
 #define FLAG_WORD(constant, word)     "|" word
 enum { OPTIMIZER_WORDS(FLAG_CONSTANT) };
 enum { BATCHING_WORDS(FLAG_CONSTANT) };
+enum { GRAD_REDUCE_WORDS(FLAG_CONSTANT) };
 enum { HEAD_WORDS(FLAG_CONSTANT) };
 enum { INIT_EMBED_WORDS(FLAG_CONSTANT) };
 enum { INIT_HEAD_WORDS(FLAG_CONSTANT) };
@@ -69,7 +71,18 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(INT, save_every, 0, 0, 1e9, "steps", \
       "steps between saved parameters; 0: at the end alone") \
     F(SWITCH, dry_run, 0, 0, 1, "", "say what would be done, then stop") \
+    F(TEXT, trace, "", 0, 0, "", \
+      "file for what ran when on which stream (Chrome's trace format)") \
+    F(INT, trace_steps, 3, 1, 1e6, "steps", "steps in it, from the first on") \
     F(SWITCH, help, 0, 0, 1, "", "show this list") \
+    \
+    F(GROUP, between, 0, 0, 0, "", "ranks") \
+    F(INT, ranks, 0, 0, 65536, "ranks", \
+      "how many must take part; 0: as many as are started. With --dry-run: to count for") \
+    F(INT, zero, 1, 0, 1, "", \
+      "1: optimizer state and fp32 master of a matrix live on one rank; 0: on every rank") \
+    F(CHOICE, grad_reduce, FLAG_GRAD_REDUCE_WEIGHTS, GRAD_REDUCE_WORDS, 0, "", \
+      "gradients are summed over ranks in the precision of the weights, or in fp32") \
     \
     F(GROUP, data, 0, 0, 0, "", "data") \
     F(TEXT, train, "", 0, 0, "", "token shards to train on: a file or a quoted pattern") \
@@ -503,6 +516,10 @@ static inline const char* nearest_multiples(char* text, size_t size, int64_t fou
 
 static inline void settings_check(const Settings* s, int world) {
     char near[80];
+    REQUIRE(s->ranks == 0 || s->ranks == world,
+            "--ranks %" PRId64 ", but %d take%s part\nstart them with mpirun -np %" PRId64
+            " or srun, or leave --ranks out",
+            s->ranks, world, world == 1 ? "s" : "", s->ranks);
     int64_t micro_tokens = world * s->micro_batch * s->seq_len;
     REQUIRE(s->micro_batch * s->seq_len <= INT32_MAX,
             "--micro-batch %" PRId64 " x --seq-len %" PRId64

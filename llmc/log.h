@@ -12,7 +12,9 @@ log.txt     the commit and the flags, then
 log.jsonl   the same as one JSON object per line, with everything that is known. What is not finite
             is null.
 
-Both are flushed line by line, so a killed run has its log up to the last step. Logs of an earlier
+log.rankR.txt   the same as log.txt, of rank R > 0: what it did last, if it is lost
+
+All are flushed line by line, so a killed run has its log up to the last step. Logs of an earlier
 run in OUT are kept under the next free number. On a terminal one line in place shows the progress;
 into a file or a pipe go the lines of log.txt.
 
@@ -66,6 +68,7 @@ typedef struct Log {
     char directory[TEXT_SIZE];
     int64_t steps;
     int64_t seed;
+    int rank;                   // those behind the first keep a log.rankR.txt and say nothing else
     bool terminal;              // stdout is one
     bool in_progress;           // the progress line is on the screen
 } Log;
@@ -127,16 +130,25 @@ static inline void log_flush(Log* log) {
             log->directory, strerror(errno));
 }
 
-static inline void log_open(Log* log, const Settings* s) {
+static inline void log_open(Log* log, const Settings* s, int rank) {
     memset(log, 0, sizeof *log);
+    log->rank = rank;
     snprintf(log->directory, sizeof log->directory, "%s", s->out);
     log->steps = s->steps;
     log->seed = s->seed;
-    log->terminal = isatty(STDOUT_FILENO);
+    log->terminal = rank == 0 && isatty(STDOUT_FILENO);
     make_directory(s->out);
-    log_keep_earlier(log);
-    log->text = log_create(log, "txt");
-    log->json = log_create(log, "jsonl");
+    if (rank == 0) {
+        log_keep_earlier(log);
+        log->text = log_create(log, "txt");
+        log->json = log_create(log, "jsonl");
+    } else {
+        char ending[32];
+        snprintf(ending, sizeof ending, "rank%d.txt", rank);
+        log->text = log_create(log, ending);
+        log->json = fopen("/dev/null", "w");
+        REQUIRE(log->json, "/dev/null cannot be opened: %s", strerror(errno));
+    }
     char date[32];
     time_t now = time(NULL);
     struct tm utc;
@@ -175,7 +187,7 @@ static inline void log_line(Log* log, bool screen, const char* fmt, ...) {
     vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
     fprintf(log->text, "%s\n", line);
-    if (screen) {
+    if (screen && log->rank == 0) {
         log_clear_progress(log);
         puts(line);
         fflush(stdout);

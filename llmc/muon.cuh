@@ -22,13 +22,18 @@ a step is three matrix products, each for all matrices of a slice at once.
 
 scale       muon_scale(): the published rules, of the logical (out, in) shape. The caller passes
             numbers because a bank may store a matrix transposed.
-p           (count, rows, cols) floatX, rows*cols divisible by 8, aligned to 16 bytes
-master      the same in float, what the update starts from; in the fp32 build it may be p
-g m         the same in float; m is the only state
+p g         a bank of matrices (rows, cols), p in floatX and g in float, rows*cols divisible by 8,
+            aligned to 16 bytes. The `count` matrices to update begin at place[i] * stride elements:
+            a rank has the whole bank and updates what it owns; the others are not touched.
+master m    floats of the owned matrices alone, matrix i at i * stride. The update starts from
+            master, or from p where master is NULL (fp32 build only); m is the only state.
 scratch     muon_scratch_bytes(count, rows, cols), aligned to 256 bytes; bounded, because a bank is
             worked on in slices of at most MUON_SLICE matrices
 rounding    bf16 build: u, X, A, B rounded to bf16 once each, everything between in float. |u| is of
             the rounded u, in float, in a fixed order.
+same bits   Nothing here depends on what else is in a slice. So a matrix gets the same update on any
+            number of ranks, if the library's product of a matrix does not depend on how many are
+            multiplied at once: the host's does not, cuBLASLt may choose its kernel by that number.
 NaN         one NaN in g makes the whole matrix NaN
 cost        15 matrix products: 2 steps k² (2 max(rows,cols) + k) FLOP per matrix, 13.6 GFLOP at
             768x768; and 38 bytes per element (bf16 with master)
@@ -51,9 +56,11 @@ constexpr size_t MUON_BLOCK_ELEMENTS = (size_t)MUON_THREADS * MUON_PASSES * 8;
 constexpr float MUON_EPS = 1e-7f;
 constexpr float MUON_A = 3.4445f, MUON_B = -4.7750f, MUON_C = 2.0315f;
 
-typedef struct MuonSteps {
-    float v[MUON_SLICE];    // lr * scale of each matrix; by value, so there is nothing to copy
-} MuonSteps;
+// What a kernel knows of each matrix of a slice; by value, so there is nothing to copy.
+typedef struct MuonSlice {
+    size_t offset[MUON_SLICE];   // its first element in the bank's p and g
+    float step[MUON_SLICE];      // lr * scale
+} MuonSlice;
 
 typedef struct MuonScratch {
     floatX *x, *y, *a, *b;    // (slice, rows, cols) twice, (slice, k, k) twice
@@ -101,15 +108,16 @@ static inline size_t muon_scratch_bytes(int count, int rows, int cols) {
 // m and u, the latter into x, and the block's share of |u|².
 template <MuonForm FORM>
 static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial, const float* g,
-                                            size_t n, float mu) {
+                                            size_t n, size_t stride, float mu, MuonSlice slice) {
     DYN_SMEM(float, scratch);
-    size_t matrix = blockIdx.y * n;
+    x += blockIdx.y * n;
+    if (FORM != MUON_FORM_NONE) m += blockIdx.y * stride;
+    g += slice.offset[blockIdx.y];
     size_t begin = blockIdx.x * MUON_BLOCK_ELEMENTS + threadIdx.x * 8;
     float8 squares = {};
     for (int pass = 0; pass < MUON_PASSES; pass++) {
         size_t i = begin + (size_t)pass * MUON_THREADS * 8;
         if (i >= n) break;
-        i += matrix;
         float8 u = load8(g + i);
         if (FORM != MUON_FORM_NONE) {
             float8 m8 = load8(m + i);
@@ -153,12 +161,13 @@ static __global__ void muon_normalize_kernel(floatX* x, const float* inverse, si
 
 template <bool MASTER>
 static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* o, size_t n,
-                                        MuonSteps step) {
+                                        size_t stride, MuonSlice slice) {
     size_t i = 8 * ((size_t)blockIdx.x * MUON_THREADS + threadIdx.x);
     if (i >= n) return;
-    i += blockIdx.y * n;
-    float factor = step.v[blockIdx.y];
-    float8 w = MASTER ? load8(master + i) : load8(p + i), d = load8(o + i);
+    p += slice.offset[blockIdx.y];
+    if (MASTER) master += blockIdx.y * stride;
+    float factor = slice.step[blockIdx.y];
+    float8 w = MASTER ? load8(master + i) : load8(p + i), d = load8(o + blockIdx.y * n + i);
     for (int j = 0; j < 8; j++) w.v[j] -= factor * d.v[j];
     if (MASTER) store8(master + i, w);
     store8(p + i, w);
@@ -167,20 +176,21 @@ static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* 
 // ---- one slice ------------------------------------------------------------------------------
 
 // x = (momentum of g) / norm, for `count` matrices; m is not touched by MUON_FORM_NONE.
-static inline void muon_direction(const MuonScratch* s, float* m, const float* g, int count,
-                                  size_t n, float mu, MuonForm form, cudaStream_t stream) {
+static inline void muon_direction(const MuonScratch* s, float* m, const float* g,
+                                  const MuonSlice* slice, int count, size_t n, size_t stride,
+                                  float mu, MuonForm form, cudaStream_t stream) {
     int blocks = (int)ceil_div(n, MUON_BLOCK_ELEMENTS);
     dim3 grid(blocks, count), block(MUON_THREADS);
     size_t smem_bytes = 32 * sizeof(float);
     if (form == MUON_FORM_SUM) {
         launch<muon_momentum_kernel<MUON_FORM_SUM>>(grid, block, smem_bytes, stream, s->x, m,
-                                                    s->partial, g, n, mu);
+                                                    s->partial, g, n, stride, mu, *slice);
     } else if (form == MUON_FORM_LERP) {
         launch<muon_momentum_kernel<MUON_FORM_LERP>>(grid, block, smem_bytes, stream, s->x, m,
-                                                     s->partial, g, n, mu);
+                                                     s->partial, g, n, stride, mu, *slice);
     } else {
         launch<muon_momentum_kernel<MUON_FORM_NONE>>(grid, block, smem_bytes, stream, s->x, m,
-                                                     s->partial, g, n, mu);
+                                                     s->partial, g, n, stride, mu, *slice);
     }
     launch<muon_norm_kernel>(dim3(1, count), block, smem_bytes, stream, s->inverse,
                              (const float*)s->partial, blocks);
@@ -235,36 +245,46 @@ static inline void newton_schulz(floatX* o, const float* g, int count, int rows,
     size_t n = (size_t)rows * cols;
     for (int first = 0; first < count; first += s.slice) {
         int matrices = count - first < s.slice ? count - first : s.slice;
-        muon_direction(&s, NULL, g + first * n, matrices, n, 0.0f, MUON_FORM_NONE, stream);
+        MuonSlice slice = {};
+        for (int i = 0; i < matrices; i++) slice.offset[i] = (first + i) * n;
+        muon_direction(&s, NULL, g, &slice, matrices, n, n, 0.0f, MUON_FORM_NONE, stream);
         const floatX* result = muon_iterate(&s, matrices, rows, cols, steps, mm, stream);
         CUDA_CHECK(cudaMemcpyAsync(o + first * n, result, matrices * n * sizeof(floatX),
                                    cudaMemcpyDeviceToDevice, stream));
     }
 }
 
-// scale: one per matrix, on the host, read before the call returns
-static inline void muon_update(floatX* p, float* master, const float* g, float* m, int count,
-                               int rows, int cols, const float* scale, float lr, float mu,
-                               MuonForm form, int ns_steps, void* scratch, size_t scratch_bytes,
-                               Matmul* mm, cudaStream_t stream) {
+// place and scale: one per matrix, on the host, read before the call returns.
+static inline void muon_update(floatX* p, float* master, const float* g, float* m, const int* place,
+                               int count, int rows, int cols, size_t stride, const float* scale,
+                               float lr, float mu, MuonForm form, int ns_steps, void* scratch,
+                               size_t scratch_bytes, Matmul* mm, cudaStream_t stream) {
     MuonScratch s = muon_begin(scratch, scratch_bytes, count, rows, cols);
-    REQUIRE(master || !FLOATX_IS_BF16, "muon: bf16 weights need a master copy in float");
-    bool has_master = master && (void*)master != (void*)p;
     size_t n = (size_t)rows * cols;
+    REQUIRE(stride >= n && stride % 8 == 0,
+            "muon: %zu elements from matrix to matrix of %d x %d\n"
+            "at least %zu and a multiple of 8 are needed", stride, rows, cols, n);
+    REQUIRE(master || !FLOATX_IS_BF16, "muon: bf16 weights need a master copy in float");
+    for (int i = 0; i < count; i++) {
+        REQUIRE(place[i] > (i > 0 ? place[i - 1] : -1),
+                "muon: matrix %d has place %d in the bank, places must ascend from 0", i, place[i]);
+    }
     for (int first = 0; first < count; first += s.slice) {
         int matrices = count - first < s.slice ? count - first : s.slice;
-        size_t offset = first * n;
-        muon_direction(&s, m + offset, g + offset, matrices, n, mu, form, stream);
+        MuonSlice slice = {};
+        for (int i = 0; i < matrices; i++) {
+            slice.offset[i] = place[first + i] * stride;
+            slice.step[i] = lr * scale[first + i];
+        }
+        muon_direction(&s, m + first * stride, g, &slice, matrices, n, stride, mu, form, stream);
         const floatX* o = muon_iterate(&s, matrices, rows, cols, ns_steps, mm, stream);
-        MuonSteps step = {};
-        for (int i = 0; i < matrices; i++) step.v[i] = lr * scale[first + i];
         dim3 grid((unsigned)ceil_div(n, 8 * MUON_THREADS), matrices), block(MUON_THREADS);
-        if (has_master) {
-            launch<muon_step_kernel<true>>(grid, block, 0, stream, p + offset, master + offset, o,
-                                           n, step);
+        if (master) {
+            launch<muon_step_kernel<true>>(grid, block, 0, stream, p, master + first * stride, o, n,
+                                           stride, slice);
         } else {
-            launch<muon_step_kernel<false>>(grid, block, 0, stream, p + offset, (float*)NULL, o, n,
-                                            step);
+            launch<muon_step_kernel<false>>(grid, block, 0, stream, p, (float*)NULL, o, n, stride,
+                                            slice);
         }
     }
 }

@@ -404,26 +404,70 @@ static void test_newton_schulz(Matmul* mm) {
 
 // ---- muon -----------------------------------------------------------------------------------
 
+enum { TEST_MUON_MOST = 18 };
+
+// What a rank holds: its `count` matrices in a bank in which all else is NaN, and compact masters
+// and momenta. The arrays of the tests hold the rank's own matrices, one after the other.
 typedef struct {
     floatX* p;
-    float *master, *g, *m;
+    float *master, *g, *m;    // master NULL: p is the value
+    int place[TEST_MUON_MOST];
     int count, rows, cols;
-    size_t n;    // of all matrices
+    size_t n, stride;         // elements of a matrix, and from one to the next
+    size_t bank, own;         // elements of p and g, and of master and m
     void* scratch;
     size_t scratch_bytes;
 } TestMuon;
 
-static TestMuon test_muon_make(const double* p, const double* m, int count, int rows, int cols) {
-    TestMuon t = {};
-    t.count = count, t.rows = rows, t.cols = cols;
-    t.n = (size_t)count * rows * cols;
-    t.p = test_upload(p, t.n);
-    t.master = test_upload_float(p, t.n);
-    t.m = test_upload_float(m, t.n);
-    t.g = test_device_float(t.n);
-    t.scratch_bytes = muon_scratch_bytes(count, rows, cols);
-    t.scratch = test_device_float(t.scratch_bytes / 4);
-    return t;
+// A whole bank without gaps, or every third matrix of it not the rank's, and gaps everywhere.
+static void test_muon_layout(TestMuon* t, int count, int rows, int cols, bool gaps) {
+    memset(t, 0, sizeof *t);
+    t->count = count, t->rows = rows, t->cols = cols;
+    t->n = (size_t)rows * cols;
+    t->stride = gaps ? t->n + 16 : t->n;
+    for (int i = 0; i < count; i++) t->place[i] = gaps ? i + i / 2 + 1 : i;
+}
+
+static double* test_muon_spread(const TestMuon* t, const double* x, bool bank) {
+    size_t size = bank ? t->bank : t->own;
+    double* y = test_doubles(size);
+    for (size_t i = 0; i < size; i++) y[i] = NAN;
+    for (int i = 0; i < t->count; i++) {
+        memcpy(y + (bank ? t->place[i] : i) * t->stride, x + i * t->n, t->n * sizeof *y);
+    }
+    return y;
+}
+
+// The rank's own matrices of a downloaded bank (or of master or m); what lies between them must be
+// NaN still. Frees x.
+static double* test_muon_own(const TestMuon* t, float* x, bool bank) {
+    double* wide = test_widen(x, bank ? t->bank : t->own);
+    double* y = test_doubles(t->count * t->n);
+    bool untouched = true;
+    size_t at = 0;
+    for (int i = 0; i <= t->count; i++) {
+        size_t end = i < t->count ? (bank ? t->place[i] : i) * t->stride : bank ? t->bank : t->own;
+        for (; at < end; at++) untouched &= wide[at] != wide[at];
+        if (i < t->count) memcpy(y + i * t->n, wide + at, t->n * sizeof *y);
+        at += t->n;
+    }
+    test_true("muon leaves what is not its own", untouched);
+    free(wide);
+    return y;
+}
+
+static void test_muon_start(TestMuon* t, const double* p, const double* m, bool use_master) {
+    t->bank = (t->place[t->count - 1] + 2) * t->stride;
+    t->own = t->count * t->stride;
+    double *p_bank = test_muon_spread(t, p, true), *p_own = test_muon_spread(t, p, false);
+    double* m_own = test_muon_spread(t, m, false);
+    t->p = test_upload(p_bank, t->bank);
+    t->master = use_master ? test_upload_float(p_own, t->own) : NULL;
+    t->m = test_upload_float(m_own, t->own);
+    t->g = test_device_float(t->bank);
+    t->scratch_bytes = muon_scratch_bytes(t->count, t->rows, t->cols);
+    t->scratch = test_device_float(t->scratch_bytes / 4);
+    free(p_bank), free(p_own), free(m_own);
 }
 
 static void test_muon_free(TestMuon* t) {
@@ -432,13 +476,30 @@ static void test_muon_free(TestMuon* t) {
 
 static void test_muon_step(TestMuon* t, const double* g, const float* scale, float lr, float mu,
                            MuonForm form, Matmul* mm) {
-    test_put_float(t->g, g, t->n);
-    muon_update(t->p, t->master, t->g, t->m, t->count, t->rows, t->cols, scale, lr, mu, form, 5,
-                t->scratch, t->scratch_bytes, mm, 0);
+    double* g_bank = test_muon_spread(t, g, true);
+    test_put_float(t->g, g_bank, t->bank);
+    free(g_bank);
+    muon_update(t->p, t->master, t->g, t->m, t->place, t->count, t->rows, t->cols, t->stride, scale,
+                lr, mu, form, 5, t->scratch, t->scratch_bytes, mm, 0);
+}
+
+static double* test_muon_weights(const TestMuon* t) {
+    return test_muon_own(t, test_download(t->p, t->bank), true);
+}
+
+static double* test_muon_momenta(const TestMuon* t) {
+    return test_muon_own(t, test_download_float(t->m, t->own), false);
+}
+
+// What the update started from and went to, unrounded.
+static double* test_muon_values(const TestMuon* t) {
+    if (!t->master) return test_muon_weights(t);
+    return test_muon_own(t, test_download_float(t->master, t->own), false);
 }
 
 // Three steps of a bank against the oracle, each matrix with a scale of its own; then zeros, NaN.
-static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul* mm) {
+static void test_muon_case(int count, int rows, int cols, MuonForm form, bool gaps,
+                           bool use_master, Matmul* mm) {
     const double u = 0x1p-24;
     const float lr = 0.02f, mu = 0.95f;
     size_t n = (size_t)rows * cols, all = count * n;
@@ -451,7 +512,9 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
         scale[i] = muon_scale(i % 2 ? MUON_SCALE_ASPECT : MUON_SCALE_MAX_DIM, rows + 8 * i, cols);
     }
     memcpy(start, p, all * sizeof *p);
-    TestMuon t = test_muon_make(p, m, count, rows, cols);
+    TestMuon t;
+    test_muon_layout(&t, count, rows, cols, gaps);
+    test_muon_start(&t, p, m, use_master);
     char name[128];
     for (int step = 0; step < 3; step++) {
         test_fill_normal_float(g, all, 10 + step, 1e-3);
@@ -466,8 +529,7 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
             free(direction);
         }
     }
-    double* w = test_widen(test_download_float(t.master, all), all);
-    double* half = test_widen(test_download(t.p, all), all);
+    double *w = test_muon_values(&t), *half = test_muon_weights(&t);
     bool copied = true;
     for (size_t i = 0; i < all; i++) {
         copied &= half[i] == test_round(w[i]);
@@ -484,19 +546,21 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
     test_true("muon p is the rounded master", copied);
     snprintf(name, sizeof name, "muon momentum %dx%d form %d", rows, cols, form);
     // |g| < 5e-3, three steps of four roundings
-    test_compare_device_float(name, t.m, m, all, 5e-3 * 12 * u, 12 * u);
+    double* momenta = test_muon_momenta(&t);
+    test_compare_double(name, momenta, m, all, 5e-3 * 12 * u, 12 * u);
 
     // no gradient and no momentum: nothing moves. A NaN spoils its own matrix, no other.
-    double* still = test_widen(test_download_float(t.master, all), all);
+    double* still = test_muon_values(&t);
     test_fill_normal_float(g, all, 20, 0);
-    test_put_float(t.m, g, all);
+    double* rest = test_muon_spread(&t, g, false);
+    test_put_float(t.m, rest, t.own);
     test_muon_step(&t, g, scale, lr, mu, form, mm);
-    double* after = test_widen(test_download_float(t.master, all), all);
+    double* after = test_muon_values(&t);
     test_same_bits("muon zero gradient and momentum", after, still, all * sizeof *after);
     free(after);
     g[(count - 1) * n + n / 2] = NAN;
     test_muon_step(&t, g, scale, lr, mu, form, mm);
-    after = test_widen(test_download_float(t.master, all), all);
+    after = test_muon_values(&t);
     bool spoilt = true, spared = true;
     for (size_t i = 0; i < all; i++) {
         if (i / n == (size_t)count - 1) spoilt &= after[i] != after[i];
@@ -505,7 +569,7 @@ static void test_muon_case(int count, int rows, int cols, MuonForm form, Matmul*
     test_true("muon NaN spoils its matrix", spoilt);
     test_true("muon NaN spares the others", spared);
     free(p), free(g), free(m), free(start), free(update), free(scale), free(w), free(half),
-        free(still), free(after);
+        free(momenta), free(still), free(rest), free(after);
     test_muon_free(&t);
 }
 
@@ -519,7 +583,9 @@ static void test_muon_golden(const char* matrix, int count, int rows, int cols, 
     char prefix[32], name[64], what[128];
     snprintf(prefix, sizeof prefix, "%s.", matrix);
     double *start = test_golden_array(&file, prefix, "p0", n), *zero = test_doubles(n);
-    TestMuon t = test_muon_make(start, zero, count, rows, cols);
+    TestMuon t;
+    test_muon_layout(&t, count, rows, cols, false);
+    test_muon_start(&t, start, zero, true);
     float scale[3];
     for (int i = 0; i < count; i++) {
         scale[i] = muon_scale(modern ? MUON_SCALE_MAX_DIM : MUON_SCALE_ASPECT, rows, cols);
@@ -532,7 +598,7 @@ static void test_muon_golden(const char* matrix, int count, int rows, int cols, 
         test_muon_step(&t, g, scale, lr, mu, modern ? MUON_FORM_SUM : MUON_FORM_LERP, mm);
         snprintf(name, sizeof name, "%s.p%d", modern ? "modern" : "sub3", step + 1);
         double *want = test_golden_array(&file, prefix, name, n);
-        double* got = test_widen(test_download_float(t.master, n), n);
+        double* got = test_muon_values(&t);
         for (size_t i = 0; i < n; i++) want[i] -= start[i], got[i] -= start[i];
         // ten times what two right evaluations of a first update differ by; p's own rounding is
         // 6e-8 of |p|, on an update of 1e-3
@@ -544,8 +610,9 @@ static void test_muon_golden(const char* matrix, int count, int rows, int cols, 
     double *want = test_golden_array(&file, prefix, name, n), largest = 0;
     for (size_t i = 0; i < n; i++) largest = fabs(want[i]) > largest ? fabs(want[i]) : largest;
     snprintf(what, sizeof what, "muon golden %s %s", matrix, name);
-    test_compare_device_float(what, t.m, want, n, 16 * u * largest, 16 * u);
-    free(start), free(zero), free(want);
+    double* momenta = test_muon_momenta(&t);
+    test_compare_double(what, momenta, want, n, 16 * u * largest, 16 * u);
+    free(start), free(zero), free(want), free(momenta);
     test_muon_free(&t);
     safetensors_close(&file);
 }
@@ -555,7 +622,8 @@ static void test_muon_repeat(Matmul* mm) {
     const int count = 18, rows = 96, cols = 104;
     const size_t n = (size_t)count * rows * cols;
     double *p = test_doubles(n), *g = test_doubles(n), *zero = test_doubles(n);
-    float scale[18], *first = NULL;
+    float scale[TEST_MUON_MOST];
+    double* first = NULL;
     for (int i = 0; i < count; i++) scale[i] = 1;
     test_fill_normal_float(p, n, 1, 0.03);
     test_fill_normal_float(g, n, 2, 1.0);
@@ -563,10 +631,12 @@ static void test_muon_repeat(Matmul* mm) {
 #ifndef __CUDACC__
         host_set_threads(run + 1);
 #endif
-        TestMuon t = test_muon_make(p, zero, count, rows, cols);
+        TestMuon t;
+        test_muon_layout(&t, count, rows, cols, false);
+        test_muon_start(&t, p, zero, true);
         test_muon_step(&t, g, scale, 0.02f, 0.95f, MUON_FORM_SUM, mm);
-        float* got = test_download_float(t.master, n);
-        if (run > 0) test_same_bits("muon run again, other threads", got, first, n * sizeof(float));
+        double* got = test_muon_values(&t);
+        if (run > 0) test_same_bits("muon run again, other threads", got, first, n * sizeof *got);
         if (run > 0) free(got);
         else first = got;
         test_muon_free(&t);
@@ -577,6 +647,60 @@ static void test_muon_repeat(Matmul* mm) {
     free(p), free(g), free(zero), free(first);
 }
 
+// One bank, dealt to ranks in four ways: all to one, two runs, every other one, one each. An update
+// has the same bits whoever makes it and with whatever others.
+static void test_muon_ranks(int count, int rows, int cols, bool use_master, Matmul* mm) {
+    size_t n = (size_t)rows * cols, all = count * n;
+    double *p = test_doubles(all), *g = test_doubles(all), *m = test_doubles(all);
+    double* first[3] = {NULL, NULL, NULL};
+    test_fill_normal(p, all, 1, 0.03);
+    test_fill_normal_float(m, all, 2, 1e-2);
+    for (int i = 0; i < count; i++) test_fill_normal_float(g + i * n, n, 3 + i, pow(10, i % 5 - 4));
+    for (int way = 0; way < 4; way++) {
+        double* got[3] = {test_doubles(all), test_doubles(all), test_doubles(all)};
+        int ranks = way == 0 ? 1 : way == 3 ? count : 2;
+        for (int rank = 0; rank < ranks; rank++) {
+            TestMuon t;
+            double *p_own = test_doubles(all), *g_own = test_doubles(all),
+                   *m_own = test_doubles(all);
+            float scale[TEST_MUON_MOST];
+            int owned = 0;
+            test_muon_layout(&t, count, rows, cols, false);
+            for (int i = 0; i < count; i++) {
+                int owner = way == 1 ? 7 * i / count >= 3 : way == 2 ? i % 2 : way == 3 ? i : 0;
+                if (owner != rank) continue;
+                memcpy(p_own + owned * n, p + i * n, n * sizeof *p);
+                memcpy(g_own + owned * n, g + i * n, n * sizeof *g);
+                memcpy(m_own + owned * n, m + i * n, n * sizeof *m);
+                scale[owned] = (float)(1 + i);
+                t.place[owned++] = i;
+            }
+            t.count = owned;
+            test_muon_start(&t, p_own, m_own, use_master);
+            test_muon_step(&t, g_own, scale, 0.02f, 0.95f, MUON_FORM_SUM, mm);
+            double* own[3] = {test_muon_weights(&t), test_muon_values(&t), test_muon_momenta(&t)};
+            for (int k = 0; k < 3; k++) {
+                for (int i = 0; i < owned; i++) {
+                    memcpy(got[k] + t.place[i] * n, own[k] + i * n, n * sizeof(double));
+                }
+                free(own[k]);
+            }
+            free(p_own), free(g_own), free(m_own);
+            test_muon_free(&t);
+        }
+        const char* of[3] = {"weights", "values", "momenta"};
+        for (int k = 0; k < 3; k++) {
+            char name[96];
+            snprintf(name, sizeof name, "muon %s of %d of %dx%d on %d ranks, way %d", of[k], count,
+                     rows, cols, ranks, way);
+            if (way > 0) test_same_bits(name, got[k], first[k], all * sizeof(double));
+            if (way > 0) free(got[k]);
+            else first[k] = got[k];
+        }
+    }
+    free(p), free(g), free(m), free(first[0]), free(first[1]), free(first[2]);
+}
+
 static void test_muon(Matmul* mm) {
     test_true("muon_scale max-dim 768x3072",
               muon_scale(MUON_SCALE_MAX_DIM, 768, 3072) == sqrtf(3072.0f));
@@ -584,9 +708,16 @@ static void test_muon(Matmul* mm) {
               muon_scale(MUON_SCALE_MAX_DIM, 3072, 768) == sqrtf(3072.0f));
     test_true("muon_scale aspect 3072x768", muon_scale(MUON_SCALE_ASPECT, 3072, 768) == 2.0f);
     test_true("muon_scale aspect 768x3072", muon_scale(MUON_SCALE_ASPECT, 768, 3072) == 1.0f);
-    test_muon_case(2, 48, 64, MUON_FORM_SUM, mm);
-    test_muon_case(2, 64, 48, MUON_FORM_LERP, mm);
-    test_muon_case(17, 16, 24, MUON_FORM_SUM, mm);    // two slices
+    for (int master = FLOATX_IS_BF16 ? 1 : 0; master < 2; master++) {
+        test_muon_case(2, 48, 64, MUON_FORM_SUM, false, master, mm);
+        test_muon_case(2, 64, 48, MUON_FORM_LERP, true, master, mm);
+        test_muon_case(17, 16, 24, MUON_FORM_SUM, true, master, mm);    // two slices
+        test_muon_ranks(7, 48, 64, master, mm);
+    }
+    // Shapes that a product for a batch may cut differently from a product of one.
+    test_muon_ranks(18, 16, 24, true, mm);    // slices of 9, 8 and 10
+    test_muon_ranks(7, 104, 96, true, mm);
+    test_muon_ranks(4, 256, 1024, true, mm);
     test_muon_repeat(mm);
     size_t small = muon_scratch_bytes(MUON_SLICE, 64, 48), large = muon_scratch_bytes(1000, 64, 48);
     test_true("muon scratch does not grow with the bank", large <= small);

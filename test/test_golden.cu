@@ -3,6 +3,7 @@ The trainer against the real recipes: every activation, gradient, loss and param
 directories (format and tolerances: golden.h), computed by the trainer's own functions.
 
     test_golden [--precision fp32|bf16] DIRECTORY...
+    mpirun -np 2 test_golden ...        each rank takes its part of the batch; the parts are put together
 
 --precision only states which build is meant; another one is an error. One line per quantity:
 `ok` or `FAIL`, name, measure, found, allowed. Tensors for which there is no rule are listed as not
@@ -20,15 +21,35 @@ is rebuilt from what they do write, so it is still their arithmetic that is judg
 #include "test.h"
 #include "golden.h"
 
+static Ranks ranks;
 static GoldenResults* probed;     // where the probe puts what it sees; step 0 only
 static const Model* probed_model;
 
 // ---- seeing ----------------------------------------------------------------------------------
 
+// Room for n elements of this rank's rows, among those of all ranks.
+static double* result_rows(GoldenResults* r, const char* name, size_t n) {
+    return golden_result(r, name, n * ranks.world) + n * ranks.rank;
+}
+
 static double* result_of_layer(GoldenResults* r, const char* format, int layer, size_t n) {
     char name[64];
     snprintf(name, sizeof name, format, layer);
-    return golden_result(r, name, n);
+    return result_rows(r, name, n);
+}
+
+// Rank 0 gets what all have seen: what a rank has not is zero, and what is the same on all ranks is
+// rank 0's.
+static void results_unite(GoldenResults* r) {
+    for (int i = 0; i < r->count && ranks.world > 1; i++) {
+        GoldenResult* result = &r->results[i];
+        double* all = test_doubles(result->count * ranks.world);
+        ranks_gather(&ranks, all, result->x, result->count * sizeof(double));
+        for (size_t k = 0; k < result->count * (ranks.world - 1) && ranks.rank == 0; k++)
+            result->x[k % result->count] += all[result->count + k];
+        free(all);
+    }
+    if (ranks.rank != 0) golden_results_free(r);      // it has nothing whole to compare
 }
 
 // A (rows, cols) tensor with row stride ld, after all work queued before.
@@ -64,7 +85,7 @@ static void probe_keep(const char* name, int layer, const floatX* tensor, int ro
     bool modern = m->cfg->head == FLAG_HEAD_TIED;
     size_t n = (size_t)rows * cols, N = (size_t)m->B * m->T;
     if (!strcmp(name, "logits") || !strcmp(name, "dlogits")) {       // layer is the first row of these
-        double* all = golden_result(probed, name[0] == 'l' ? "logits0" : "dact.logits_raw", N * cols);
+        double* all = result_rows(probed, name[0] == 'l' ? "logits0" : "dact.logits_raw", N * cols);
         read_rows(all + (size_t)layer * cols, tensor, rows, cols, ld);
         return;
     }
@@ -77,11 +98,11 @@ static void probe_keep(const char* name, int layer, const floatX* tensor, int ro
         return;
     }
     if (!strcmp(name, "x0")) {
-        read_rows(golden_result(probed, modern ? "act.emb" : "act.x0", n), tensor, rows, cols, ld);
+        read_rows(result_rows(probed, modern ? "act.emb" : "act.x0", n), tensor, rows, cols, ld);
         return;
     }
     if (!strcmp(name, "demb")) {
-        read_rows(golden_result(probed, modern ? "dact.emb" : "dact.embed_raw", n), tensor, rows, cols, ld);
+        read_rows(result_rows(probed, modern ? "dact.emb" : "dact.embed_raw", n), tensor, rows, cols, ld);
         return;
     }
     for (size_t i = 0; i < sizeof NAMES / sizeof NAMES[0]; i++) {
@@ -124,15 +145,25 @@ static void keep_saved(const Model* m, GoldenResults* r) {
         keep_qk(m, r, l, false);
         keep_qk(m, r, l, true);
     }
-    read_rows(golden_result(r, "act.final_norm", n), a->lnf[0], N, C, C);
-    read_floats(golden_result(r, "cos", half), a->cos[0], half);
-    read_floats(golden_result(r, "sin", half), a->sin[0], half);
+    read_rows(result_rows(r, "act.final_norm", n), a->lnf[0], N, C, C);
+    double *cosines = golden_result(r, "cos", half), *sines = golden_result(r, "sin", half);
+    if (ranks.rank == 0) read_floats(cosines, a->cos[0], half);
+    if (ranks.rank == 0) read_floats(sines, a->sin[0], half);
     // layer 0 is the last that backward visits, so its values' gradient is still there
-    read_rows(golden_result(r, "dact.h0.v_lin", n), a->dqkv[0] + 2 * C, N, C, 3 * C);
+    read_rows(result_rows(r, "dact.h0.v_lin", n), a->dqkv[0] + 2 * C, N, C, 3 * C);
 }
 
 // grad.<tensor> (steps 0) or p<steps>.<tensor>
 static void keep_parameters(Model* m, GoldenResults* r, int steps) {
+    if (steps > 0) weights_collect(m);
+    for (int b = 0; b < BANKS && steps == 0; b++) {      // each gradient is with its owner alone
+        Bank* bank = &m->banks[b];
+        for (int k = 0; k < bank->zero.bucket_count && bank->n; k++) {
+            zero_gather(&m->zero, &bank->zero, k, bank->g, true, m->stream);
+            zero_wait_gathered(&m->zero, &bank->zero, bank->zero.buckets[k].first, m->stream);
+        }
+    }
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
     for (int id = 0; id < PARAMS; id++) {
         const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
         size_t n = (size_t)bank->rows * bank->cols;
@@ -148,7 +179,7 @@ static void keep_parameters(Model* m, GoldenResults* r, int steps) {
                 param_read(m, value, (ParamId)id, layer);
             }
             double* kept = golden_result(r, name, n);
-            for (size_t i = 0; i < n; i++) kept[i] = value[i];
+            for (size_t i = 0; i < n && ranks.rank == 0; i++) kept[i] = value[i];
             free(value);
         }
     }
@@ -164,7 +195,9 @@ static void settings_of(Settings* cfg, const GoldenCase* c, const GoldenVariant*
     char* argv[] = {program, flag, name, NULL};
     settings_parse(cfg, 3, argv);
     cfg->layers = c->L, cfg->heads = c->H, cfg->channels = c->C, cfg->vocab = c->V;
-    cfg->seq_len = c->T, cfg->micro_batch = c->B, cfg->batch_tokens = (int64_t)c->B * c->T;
+    REQUIRE(c->B % ranks.world == 0, "a batch of %d sequences on %d ranks", c->B, ranks.world);
+    cfg->seq_len = c->T, cfg->micro_batch = c->B / ranks.world;
+    cfg->batch_tokens = (int64_t)c->B * c->T;
     cfg->norm_eps = cfg->qk_norm_eps = 0x1p-23;
     if (v->asis) cfg->qk_norm_eps = 0x1p-7;                         // of bf16 queries, both records
     if (v->asis && c->recipe == GOLDEN_UNET) cfg->norm_eps = 0x1p-7; // its stream is bf16, too
@@ -175,7 +208,7 @@ static void settings_of(Settings* cfg, const GoldenCase* c, const GoldenVariant*
     if (c->recipe == GOLDEN_UNET) cfg->scalar_lr = c->lr_scalar;
     cfg->adam_beta1 = c->adam_beta1, cfg->adam_beta2 = c->adam_beta2, cfg->adam_eps = c->adam_eps;
     cfg->dry_run = 1;                                               // no data files are wanted
-    settings_check(cfg, 1);
+    settings_check(cfg, ranks.world);
     cfg->dry_run = 0;
 }
 
@@ -197,10 +230,10 @@ static void start_parameters(Model* m, const GoldenCase* c, const GoldenVariant*
 }
 
 static void load_batch(Model* m, const GoldenCase* c, int i) {
-    size_t bytes = (size_t)c->B * c->T * sizeof(int);
+    size_t n = (size_t)m->B * m->T, first = n * ranks.rank;
     batch_wait(m);
-    memcpy(m->tokens_host, golden_batch(c, "tokens", i), bytes);
-    memcpy(m->targets_host, golden_batch(c, "targets", i), bytes);
+    memcpy(m->tokens_host, golden_batch(c, "tokens", i) + first, n * sizeof(int));
+    memcpy(m->targets_host, golden_batch(c, "targets", i) + first, n * sizeof(int));
 }
 
 static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResults* r) {
@@ -209,8 +242,8 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
     Model* m = &model;
     int N = c->B * c->T;
     settings_of(&cfg, c, v);
-    model_build(m, &cfg);
-    model_start(m);
+    model_build(m, &cfg, ranks.rank, ranks.world);
+    model_start(m, &ranks);
     start_parameters(m, c, v);
     double* losses = golden_result(r, "loss", GOLDEN_STEPS);
     probed = r, probed_model = m;
@@ -218,11 +251,11 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
         load_batch(m, c, step);
         probe = step == 0 ? probe_keep : NULL;
         micro_step(m, 0, 1.0f / (float)N);
-        StepStats stats = step_stats(m);
-        losses[step] = stats.loss;
+        StepStats stats = step_stats(m, false);
+        if (ranks.rank == 0) losses[step] = stats.loss;
         test_true("every gradient is finite", stats.finite);
         if (step == 0) {
-            golden_result(r, "loss0", 1)[0] = stats.loss;
+            golden_result(r, "loss0", 1)[0] = ranks.rank == 0 ? stats.loss : 0;
             keep_saved(m, r);
             keep_parameters(m, r, 0);
         }
@@ -237,19 +270,22 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
     }
     if (v->train) {
         load_batch(m, c, GOLDEN_STEPS);
-        batch_upload(m, N);
-        forward(m, c->B, c->T);
-        classify(m, N, false, 0.0f, false);
+        batch_upload(m, N / ranks.world);
+        forward(m, m->B, m->T);
+        classify(m, m->stats + STAT_LOSS, N / ranks.world, false, 0.0f, false);
         float sum;
         CUDA_CHECK(cudaStreamSynchronize(m->stream));
         CUDA_CHECK(cudaMemcpy(&sum, m->stats + STAT_LOSS, sizeof sum, cudaMemcpyDeviceToHost));
-        golden_result(r, "val_loss", 1)[0] = sum / (double)N;
+        golden_result(r, "val_loss", 1)[0] = sum / (double)N;      // this rank's part of it
     }
     model_free(m);
+    results_unite(r);
 }
 
 int main(int argc, char** argv) {
     program_name = "test_golden";
+    ranks_start(&ranks, &argc, &argv);
+    if (ranks.rank != 0 && !freopen("/dev/null", "w", stdout)) return 1;
     int first = 1;
     if (argc > 2 && !strcmp(argv[1], "--precision")) {
         REQUIRE(!strcmp(argv[2], TEST_PRECISION), "--precision %s, but this build computes in %s", argv[2],
@@ -261,5 +297,7 @@ int main(int argc, char** argv) {
     test_init(1, none);
     if (!test_has_device()) return test_summary();
     for (int i = first; i < argc; i++) golden_run(argv[i], run_trainer, FLOATX_IS_BF16);
-    return test_summary();
+    int status = test_summary();
+    ranks_stop(&ranks);
+    return status;
 }

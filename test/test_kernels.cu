@@ -19,6 +19,7 @@ Runs on the host layer and, built with nvcc, on a GPU; without one everything is
 #include "cases_mix.h"
 #include "cases_loss.h"
 #include "cases_optimizer.h"
+#include "cases_cast.h"
 
 int main(int argc, char** argv) {
     program_name = "test_kernels";
@@ -34,5 +35,6 @@ int main(int argc, char** argv) {
     if (test_group("mix")) test_mix();
     if (test_group("loss")) test_loss();
     if (test_group("optimizer")) test_optimizer();
+    if (test_group("cast")) test_cast();
     return test_summary();
 }

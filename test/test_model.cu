@@ -74,12 +74,13 @@ static double rms(const double* x, size_t n) { return sqrt(oracle_norm(x, n) * o
 // products of both signs), and six times more at the worst element. The loss moves with the logits, which reach
 // 10 here (the tied head sees its own row): 2^-9 x 10.
 static void test_gradients(const char* recipe, int oracle_recipe, const char* const* flags) {
-    model_build(&model, make_settings(recipe, flags));
-    model_start(&model);
+    model_build(&model, make_settings(recipe, flags), 0, 1);
+    model_start(&model, NULL);
     randomize(&model, 11);
     int V = model.V, C = model.C, N = model.B * model.T;
     OracleModel oracle;
     oracle_model_init(&oracle, oracle_recipe, V, C, model.H, model.L, true);
+    weights_collect(&model);
     // The oracle has one eps; the recipes' 2^-7 against 2^-23 is a setting, tested in the kernels.
     for (int id = 0; id < PARAMS; id++) {
         for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
@@ -93,7 +94,7 @@ static void test_gradients(const char* recipe, int oracle_recipe, const char* co
         }
     }
     compute_gradients(&model, 5, V);
-    StepStats stats = step_stats(&model);
+    StepStats stats = step_stats(&model, false);
     double loss = oracle_model_forward_backward(&oracle, model.tokens_host, model.targets_host, model.B, model.T);
     char name[128];
     double loss_tolerance = FLOATX_IS_BF16 ? 2e-2 : 2e-6, max_tolerance = FLOATX_IS_BF16 ? 0.25 : 5e-4,
@@ -159,8 +160,8 @@ static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool g
     int n = 0;
     for (; SMALL[n]; n++) flags[n] = SMALL[n];
     flags[n++] = "--micro-batch", flags[n++] = text, flags[n] = NULL;
-    model_build(&model, make_settings(recipe, flags));
-    model_start(&model);
+    model_build(&model, make_settings(recipe, flags), 0, 1);
+    model_start(&model, NULL);
     randomize(&model, 3);
     Snapshot s = {NULL, 0, 0};
     int rows = (int)(model.cfg->batch_tokens / model.T), N = model.B * model.T;
@@ -173,22 +174,18 @@ static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool g
             memcpy(model.targets_host, tokens + micro * N + 1, N * sizeof(int));
             micro_step(&model, micro, 1.0f / (float)model.cfg->batch_tokens);
         }
-        s.loss = step_stats(&model).loss;
+        s.loss = step_stats(&model, false).loss;
         if (!gradients) update(&model, step + 1, schedule_at(model.cfg, step));
         free(tokens);
     }
+    if (!gradients) weights_collect(&model);       // g holds the gradients, or now the values
     for (int b = 0; b < BANKS; b++) s.n += model.banks[b].n;
     s.x = test_floats(s.n);
     size_t at = 0;
     for (int b = 0; b < BANKS; b++) {
         Bank* bank = &model.banks[b];
         if (bank->n == 0) continue;
-        if (gradients || bank->master) {
-            float* from = gradients ? bank->g : bank->master;
-            CUDA_CHECK(cudaMemcpy(s.x + at, from, bank->n * sizeof(float), cudaMemcpyDeviceToHost));
-        } else {
-            CUDA_CHECK(cudaMemcpy(s.x + at, bank->p, bank->n * sizeof(floatX), cudaMemcpyDeviceToHost));
-        }
+        CUDA_CHECK(cudaMemcpy(s.x + at, bank->g, bank->n * sizeof(float), cudaMemcpyDeviceToHost));
         at += bank->n;
     }
     model_end(&model);
@@ -241,13 +238,13 @@ static void test_repeat(const char* recipe) {
 static void test_overfit(const char* recipe, const char* optimizer) {
     const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "32", "--micro-batch",
                            "2", "--batch-tokens", "64", "--steps", "60", "--optimizer", optimizer, "--adamw-lr", "0.003", NULL};
-    model_build(&model, make_settings(recipe, flags));
-    model_start(&model);
+    model_build(&model, make_settings(recipe, flags), 0, 1);
+    model_start(&model, NULL);
     double loss = INFINITY;
     for (int step = 0; step < 60; step++) {
         fill_batch(&model, 64, 257, 9);
         micro_step(&model, 0, 1.0f / 64);
-        loss = step_stats(&model).loss;
+        loss = step_stats(&model, false).loss;
         update(&model, step + 1, schedule_at(model.cfg, step));
     }
     char name[64];
@@ -265,8 +262,8 @@ static void test_file(const char* recipe) {
     int fd = mkstemp(path);
     REQUIRE(fd >= 0, "cannot make a file in /tmp: %s", strerror(errno));
     close(fd);
-    model_build(&model, make_settings(recipe, flags));
-    model_start(&model);
+    model_build(&model, make_settings(recipe, flags), 0, 1);
+    model_start(&model, NULL);
     randomize(&model, 21);
     weights_save(&model, path, 7);
     Snapshot before = {NULL, 0, 0};
@@ -296,6 +293,7 @@ static void test_file(const char* recipe) {
             weights_load(&model, path);
         }
         size_t at = 0;
+        weights_collect(&model);
         for (int id = 0; id < PARAMS; id++) {
             for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
                 const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
@@ -331,8 +329,8 @@ static void test_evaluation(void) {
     for (int i = 0; i < 3; i++) {
         const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "24",
                                "--micro-batch", micro[i], "--batch-tokens", "576", NULL};
-        model_build(&model, make_settings("modern", flags));
-        model_start(&model);
+        model_build(&model, make_settings("modern", flags), 0, 1);
+        model_start(&model, NULL);
         randomize(&model, 3);
         ValLoader val;
         val_open(&val, path, 777, model.B, model.T, 0, 1, model.V);      // 777 is no multiple of 24
@@ -349,19 +347,20 @@ static void test_evaluation(void) {
 static void test_not_finite(void) {
     const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "16",
                            "--micro-batch", "2", "--batch-tokens", "32", NULL};
-    model_build(&model, make_settings("unet", flags));
-    model_start(&model);
+    model_build(&model, make_settings("unet", flags), 0, 1);
+    model_start(&model, NULL);
     randomize(&model, 3);
     fill_batch(&model, 32, 257, 1);
     micro_step(&model, 0, 1.0f / 32);
-    test_true("finite weights, finite step", step_stats(&model).finite);
+    test_true("finite weights, finite step", step_stats(&model, false).finite);
     float* w = test_floats(64 * 64);
+    weights_collect(&model);
     param_read(&model, w, ATTN_K, 1);
     w[17] = NAN;
     param_write(&model, w, ATTN_K, 1);
     fill_batch(&model, 32, 257, 1);
     micro_step(&model, 0, 1.0f / 32);
-    test_true("one NaN weight is noticed", !step_stats(&model).finite);
+    test_true("one NaN weight is noticed", !step_stats(&model, false).finite);
     free(w);
     model_end(&model);
 }
@@ -372,10 +371,11 @@ static void test_start(void) {
                            "--micro-batch", "2", "--batch-tokens", "32", NULL};
     const char* recipes[] = {"modern", "unet"};
     for (int r = 0; r < 2; r++) {
-        model_build(&model, make_settings(recipes[r], flags));
-        model_start(&model);
+        model_build(&model, make_settings(recipes[r], flags), 0, 1);
+        model_start(&model, NULL);
         float* x = test_floats(512 * 128);
         double sum = 0, squares = 0, bound = 1 / sqrt(128.0), largest = 0;
+        weights_collect(&model);
         param_read(&model, x, ATTN_Q, 1);
         for (int i = 0; i < 128 * 128; i++) {
             sum += x[i], squares += (double)x[i] * x[i];

@@ -353,7 +353,8 @@ static int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// By the shape alone: neither the number of threads nor a pointer may matter here.
+// By the shape of one matrix alone: neither the number of threads, nor a pointer, nor how many other
+// matrices there are may matter here, as oneDNN sums in another order in a tile of another shape.
 static Partition partition_make(const Problem* p) {
     const int64_t MOST_ROWS = 256, MOST_COLS = 512, QUANTUM = 32;
     const double SMALL = 16e6;    // FLOPs: some 50 µs; a smaller piece is not worth handing over
@@ -363,7 +364,7 @@ static Partition partition_make(const Problem* p) {
         c.tile_rows = part_size(p->rows, c.row_tiles, QUANTUM);
         c.tile_cols = part_size(p->cols, c.col_tiles, QUANTUM);
         double piece_flops = 2.0 * c.tile_rows * c.tile_cols * p->depth;
-        if (c.row_tiles * c.col_tiles * p->batch >= ENOUGH || piece_flops < 2 * SMALL) break;
+        if (c.row_tiles * c.col_tiles >= ENOUGH || piece_flops < 2 * SMALL) break;
         if (c.tile_rows >= c.tile_cols && c.tile_rows > QUANTUM) {
             c.row_tiles *= 2;
         } else if (c.tile_cols > QUANTUM) {

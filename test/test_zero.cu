@@ -1,0 +1,459 @@
+/*
+ZeRO-1 over ranks, run as `mpirun -np N build/fp32/test_zero`, and alone for N = 1.
+
+    owners      every unit has one owner, the same on every rank; the update is balanced; the bytes on
+                the wire are what the formula says, and 432 MB at 124M parameters on 8 ranks in bf16
+    memory      device memory is what the printed table says, and the optimizer's part falls as 1/N
+    training    N ranks against one, on the same global batches: losses, weights, equal bits on all
+                ranks after every step, equal bits when repeated, bytes on the wire counted by the
+                host's NCCL; --zero 0 and 1, bf16 and fp32 gradients on the wire
+    evaluation  the mean over exactly --val-tokens predictions, for any number of ranks
+    file        what N ranks save is what they hold, and one rank reads it
+
+HOST_STREAMS=lazy makes a missing event a wrong number here. Each rank makes the same checks; rank 0
+reports those of all.
+*/
+#define TRAIN_GPT2_NO_MAIN
+#include "../train_gpt2.cu"
+#include "test.h"
+
+static Ranks ranks;
+static Model model;
+
+// ---- settings --------------------------------------------------------------------------------
+
+static const char* const SMALL[] = {"--layers", "8", "--heads", "2", "--channels", "64", "--vocab",
+                                    "320", "--seq-len", "16", "--micro-batch", "1",
+                                    "--batch-tokens", "384", "--steps", "20", NULL};
+
+static const Settings* make_settings(const char* recipe, const char* const* sizes,
+                                     const char* const* flags) {
+    static Settings cfg;
+    const char* argv[64] = {"train_gpt2", "--recipe", recipe};
+    int argc = 3;
+    while (sizes && *sizes) argv[argc++] = *sizes++;
+    while (flags && *flags) argv[argc++] = *flags++;
+    settings_parse(&cfg, argc, (char**)argv);
+    return &cfg;
+}
+
+// ---- owners ----------------------------------------------------------------------------------
+
+// The bank tables of rank `rank` of `world`, at full size; nothing is allocated.
+static void dry_model(Model* m, const char* recipe, const char* const* flags, int rank, int world) {
+    static Settings cfg;
+    cfg = *make_settings(recipe, NULL, flags);
+    cfg.dry_run = 1;
+    cfg.micro_batch = 1;
+    cfg.batch_tokens = cfg.seq_len * world;
+    model_build(m, &cfg, rank, world);
+}
+
+static void dry_free(Model* m) {
+    for (int b = 0; b < BANKS; b++) zero_bank_free(&m->banks[b].zero);
+    free(m->zero.load);
+}
+
+static void test_owners(const char* recipe, int world) {
+    static Model m, first;
+    char name[128];
+    size_t elements = 0, sent = 0;
+    bool same = true, once = true;
+    dry_model(&first, recipe, NULL, 0, world);
+    int units[BANKS][4 * MAX_LAYERS] = {};
+    for (int rank = 0; rank < world; rank++) {
+        dry_model(&m, recipe, NULL, rank, world);
+        for (int b = 0; b < BANKS; b++) {
+            const ZeroBank* bank = &m.banks[b].zero;
+            if (m.banks[b].n == 0) continue;
+            for (int i = 0; i < bank->owned; i++) units[b][bank->own[i]]++;
+            for (int i = 0; i < bank->units; i++)
+                same = same && bank->owner[i] == first.banks[b].zero.owner[i];
+            if (bank->replicated) continue;
+            sent += zero_reduce_bytes(&m.zero, bank) + zero_gather_bytes(&m.zero, bank);
+            if (rank == 0) elements += bank->unit * bank->units;
+        }
+        dry_free(&m);
+    }
+    double heaviest = 0, sum = 0, costliest = 0;
+    for (int r = 0; r < world; r++) {
+        sum += first.zero.load[r];
+        if (first.zero.load[r] > heaviest) heaviest = first.zero.load[r];
+    }
+    for (int b = 0; b < BANKS; b++) {
+        const ZeroBank* bank = &first.banks[b].zero;
+        for (int i = 0; i < bank->units && first.banks[b].n; i++)
+            once = once && units[b][i] == (bank->replicated ? world : 1);
+        if (bank->cost > costliest) costliest = bank->cost;
+    }
+    snprintf(name, sizeof name, "%s, %d ranks: one owner for each unit", recipe, world);
+    test_true(name, once);
+    snprintf(name, sizeof name, "%s, %d ranks: all ranks agree on the owners", recipe, world);
+    test_true(name, same);
+    // Who gets one unit more than another has less to do without it than the mean.
+    snprintf(name, sizeof name, "%s, %d ranks: the busiest is at most one unit above the mean",
+             recipe, world);
+    test_check(name, heaviest - sum / world, costliest);
+    snprintf(name, sizeof name, "%s, %d ranks: all ranks together send (N-1) P twice", recipe, world);
+    size_t want = (size_t)(world - 1) * elements * (zero_wire_size(&first.zero) + sizeof(floatX));
+    test_true(name, sent == want);
+    dry_free(&first);
+}
+
+static void test_full_size_bytes(void) {
+    static Model m;
+    dry_model(&m, "modern", NULL, 3, 8);
+    size_t bytes = 0, per = FLOATX_IS_BF16 ? 2 : 4;
+    for (int i = 0; i < m.shard_count; i++)
+        bytes += zero_reduce_bytes(&m.zero, m.shards[i]) + zero_gather_bytes(&m.zero, m.shards[i]);
+    // 12 layers of 12 C² and a table of 50304 C: 123,568,128 parameters, 7/8 of them twice.
+    test_true("124M on 8 ranks: 432,488,448 bytes in bf16", bytes == 2 * per * 7 * (123568128 / 8));
+    test_true("6 attn matrices for each of 8 ranks", m.banks[BANK_ATTN].zero.owned == 6);
+    test_true("3 mlp matrices for each of 8 ranks", m.banks[BANK_MLP].zero.owned == 3);
+    dry_free(&m);
+}
+
+static size_t memory_of(const Model* m, const char* kind) {
+    for (int i = 0; i < m->memories; i++)
+        if (!strcmp(m->memory[i].name, kind)) return m->memory[i].bytes;
+    return 0;
+}
+
+static void test_memory_shrinks(void) {
+    static Model one, all, m;
+    const char* const replicated[] = {"--zero", "0", NULL};
+    const char* const STATE[] = {"Adam m", "Adam v", "Muon momentum", "master weights"};
+    char name[128];
+    dry_model(&one, "modern", NULL, 0, 1);
+    for (int world = 2; world <= 8; world *= 2) {
+        dry_model(&m, "modern", NULL, 1, world);
+        dry_model(&all, "modern", replicated, 1, world);
+        for (size_t i = 0; i < sizeof STATE / sizeof STATE[0]; i++) {
+            snprintf(name, sizeof name, "124M on %d ranks: %s is 1/%d", world, STATE[i], world);
+            test_true(name, memory_of(&m, STATE[i]) * world == memory_of(&one, STATE[i]));
+            snprintf(name, sizeof name, "124M on %d ranks, --zero 0: %s is all", world, STATE[i]);
+            test_true(name, memory_of(&all, STATE[i]) == memory_of(&one, STATE[i]));
+        }
+        dry_free(&m);
+        dry_free(&all);
+    }
+    dry_free(&one);
+}
+
+// ---- training --------------------------------------------------------------------------------
+
+enum { STEPS = 20 };
+
+typedef struct Run {
+    double loss[STEPS], norm[STEPS];
+    uint64_t hash[STEPS];       // of the weights after each step
+    float* value;               // fp32 values at the end
+    size_t n;
+} Run;
+
+static uint64_t weights_hash(Model* m) {
+    uint64_t hash = HASH_START;
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int b = 0; b < BANKS; b++) {
+        size_t bytes = (size_t)m->banks[b].copies * m->banks[b].stride * sizeof(floatX);
+        if (m->banks[b].n == 0) continue;
+        void* copy = host_alloc(bytes, 1);
+        CUDA_CHECK(cudaMemcpy(copy, m->banks[b].p, bytes, cudaMemcpyDeviceToHost));
+        hash = hash_bytes(hash, copy, bytes);
+        free(copy);
+    }
+    return hash;
+}
+
+// Values that make every gradient informative; the recipes' zero matrices would hide most of them.
+static void randomize(Model* m) {
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
+            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+            size_t n = (size_t)bank->rows * bank->cols;
+            float* value = test_floats(n);
+            for (size_t i = 0; i < n; i++) {
+                double z = test_normal(7000 + 100 * id + layer, i);
+                double v = bank->kind == SCALAR ? 0.5 + 0.2 * z
+                         : id == WTE            ? 0.5 * z
+                                                : z / sqrt((double)bank->cols);
+                value[i] = (float)test_round(v);
+            }
+            param_write(m, value, (ParamId)id, layer);
+            free(value);
+        }
+    }
+}
+
+static void keep_values(Model* m, Run* run) {
+    weights_collect(m);
+    run->n = 0;
+    for (int id = 0; id < PARAMS; id++)
+        run->n += (size_t)param_copies(m, (ParamId)id) * m->banks[PARAM_TABLE[id].bank].stride;
+    run->value = test_floats(run->n);
+    size_t at = 0;
+    for (int id = 0; id < PARAMS; id++) {
+        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
+            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+            param_read(m, run->value + at, (ParamId)id, layer);
+            at += (size_t)bank->rows * bank->cols;
+        }
+    }
+    run->n = at;
+}
+
+// Bytes that a step should send, by the formula.
+static size_t step_bytes(const Model* m) {
+    size_t bytes = 0;
+    for (int i = 0; i < m->shard_count; i++)
+        bytes += zero_reduce_bytes(&m->zero, m->shards[i]) + zero_gather_bytes(&m->zero, m->shards[i]);
+    return bytes + zero_sum_bytes(&m->zero, STATS - STAT_NORM2 + m->micro_steps, sizeof(float));
+}
+
+// STEPS steps on one global batch, so that the loss falls with each.
+static Run train_steps(const char* recipe, const char* const* flags, int world, bool check) {
+    Run run = {};
+    const Settings* cfg = make_settings(recipe, SMALL, flags);
+    int rank = world == 1 ? 0 : ranks.rank;
+    char name[128];
+    model_build(&model, cfg, rank, world);
+    model_start(&model, &ranks);
+    randomize(&model);
+    int rows = (int)(cfg->batch_tokens / model.T), T = model.T, own = rows / world;
+    bool agree = true, counted = true;
+    for (int step = 0; step < STEPS; step++) {
+        int* tokens = (int*)host_alloc((size_t)rows * T + 1, sizeof(int));
+        test_fill_tokens(tokens, (size_t)rows * T + 1, 500, 257);
+#ifndef __CUDACC__
+        if (check) host_nccl_traffic_reset();      // waits for what is under way
+#endif
+        for (int micro = 0; micro < model.micro_steps; micro++) {
+            int first = (rank * own + micro * model.B) * T, n = model.B * T;
+            batch_wait(&model);
+            memcpy(model.tokens_host, tokens + first, n * sizeof(int));
+            memcpy(model.targets_host, tokens + first + 1, n * sizeof(int));
+            micro_step(&model, micro, 1.0f / (float)cfg->batch_tokens);
+        }
+        StepStats stats = step_stats(&model, false);
+        run.loss[step] = stats.loss;
+        run.norm[step] = stats.grad_norm;
+        update(&model, step + 1, schedule_at(cfg, step));
+        if (check || step + 1 == STEPS) run.hash[step] = weights_hash(&model);
+        free(tokens);
+        if (!check) continue;
+#ifndef __CUDACC__
+        HostNcclTraffic traffic;
+        host_nccl_traffic(&traffic);
+        counted = counted && traffic.bytes == step_bytes(&model);
+#endif
+        uint64_t* hashes = (uint64_t*)host_alloc(world, sizeof(uint64_t));
+        ranks_gather(&ranks, hashes, &run.hash[step], sizeof(uint64_t));
+        for (int r = 0; r < world && rank == 0; r++) agree = agree && hashes[r] == hashes[0];
+        free(hashes);
+    }
+    if (check) {
+        snprintf(name, sizeof name, "%s: all ranks hold the same bits after every step", recipe);
+        test_true(name, agree);
+        snprintf(name, sizeof name, "%s: bytes on the wire are the formula's %zu", recipe,
+                 step_bytes(&model));
+        test_true(name, counted);
+    }
+    keep_values(&model, &run);
+    model_free(&model);
+    return run;
+}
+
+static double distance(const Run* a, const Run* b) {
+    double error = 0, scale = 0;
+    for (size_t i = 0; i < b->n; i++) {
+        error += (double)(a->value[i] - b->value[i]) * (a->value[i] - b->value[i]);
+        scale += (double)b->value[i] * b->value[i];
+    }
+    return a->n == b->n ? sqrt(error / scale) : INFINITY;
+}
+
+// fp32: N ranks add the same terms in another order, 2^-24 sqrt(384) of the gradient; 20 steps of
+// Adam and Newton-Schulz make of it what they make of any rounding. The bound is the promise.
+// bf16 on the wire: a gradient is off by (N+1) 2^-9 of itself (rounded once to be sent, and at every
+// hop), so the descent of a step is, to first order, off by that part of itself, and the loss after k
+// steps by that part of what has been descended so far. The rest is for the rounding of a loss itself.
+// Tables that live in bf16 round every update, so the same holds for them in any build.
+static void test_training(const char* recipe, const char* title, const char* const* flags) {
+    int world = ranks.world;
+    char name[128];
+    Run all = train_steps(recipe, flags, world, true), one = all;
+    if (ranks.rank == 0) one = train_steps(recipe, flags, 1, false);
+    else one.value = test_floats(one.n);
+    ranks_broadcast(&ranks, one.loss, sizeof one.loss);
+    ranks_broadcast(&ranks, one.norm, sizeof one.norm);
+    ranks_broadcast(&ranks, one.value, one.n * sizeof(float));
+    bool exact = !FLOATX_IS_BF16 && !make_settings(recipe, SMALL, flags)->bf16_tables;
+    double worst = 0, descent = 0, lowest = one.loss[0];
+    for (int step = 0; step < STEPS; step++) {
+        if (one.loss[step] < lowest) lowest = one.loss[step];
+        descent = one.loss[0] - lowest;
+        double allowed = exact ? 1e-5 * one.loss[step] : (world + 1) * 0x1p-9 * descent + 2e-4;
+        double off = fabs(all.loss[step] - one.loss[step]) / allowed;
+        if (!(off <= worst)) worst = off;
+    }
+    snprintf(name, sizeof name, "%s%s, %d ranks against 1: %d losses", recipe, title, world, STEPS);
+    test_check(name, worst, 1);
+    snprintf(name, sizeof name, "%s%s: the loss has fallen", recipe, title);
+    test_true(name, one.loss[STEPS - 1] < one.loss[0] - 0.3);
+    snprintf(name, sizeof name, "%s%s, %d ranks against 1: gradient norm", recipe, title, world);
+    test_check(name, fabs(all.norm[0] / one.norm[0] - 1), exact ? 1e-5 : (world + 1) * 0x1p-9);
+    snprintf(name, sizeof name, "%s%s, %d ranks against 1: weights", recipe, title, world);
+    test_check(name, distance(&all, &one), exact ? 1e-4 : (world + 1) * 0x1p-6);
+    free(one.value), free(all.value);
+    if (flags) return;
+    // Without the look at the weights after each step, which waits for the device and so would hide
+    // that forward does not wait for its weights.
+    Run again = train_steps(recipe, flags, world, false);
+    snprintf(name, sizeof name, "%s%s, %d ranks twice: weights", recipe, title, world);
+    test_same_bits(name, &all.hash[STEPS - 1], &again.hash[STEPS - 1], sizeof all.hash[0]);
+    snprintf(name, sizeof name, "%s%s, %d ranks twice: losses", recipe, title, world);
+    test_same_bits(name, all.loss, again.loss, sizeof all.loss);
+    free(again.value);
+}
+
+// ---- memory ----------------------------------------------------------------------------------
+
+#ifndef __CUDACC__
+// First of all in the process: the peak is the process's.
+static void test_memory(void) {
+    const char* const sizes[] = {"--layers", "8", "--heads", "2", "--channels", "256", "--vocab",
+                                 "4096", "--seq-len", "32", "--micro-batch", "1", "--batch-tokens",
+                                 "768", NULL};
+    model_build(&model, make_settings("modern", sizes, NULL), ranks.rank, ranks.world);
+    model_start(&model, &ranks);
+    for (int i = 0; i < model.B * model.T; i++) model.tokens_host[i] = model.targets_host[i] = i;
+    for (int micro = 0; micro < model.micro_steps; micro++) micro_step(&model, micro, 1e-3f);
+    step_stats(&model, false);
+    update(&model, 1, schedule_at(model.cfg, 0));
+    weights_collect(&model);
+    double table = (double)memory_total(&model), peak = (double)host_peak_bytes();
+    test_check("device memory against the printed table", fabs(peak / table - 1), 0.02);
+    model_free(&model);
+}
+#endif
+
+// ---- evaluation and files --------------------------------------------------------------------
+
+static const char* scratch_path(const char* name) {
+    static char path[256];
+    snprintf(path, sizeof path, "/tmp/test_zero_%d_%s", ranks.world > 1 ? (int)getppid() : (int)getpid(),
+             name);
+    return path;
+}
+
+static void test_evaluation(void) {
+    const char* path = scratch_path("val.bin");
+    if (ranks.rank == 0) {
+        int32_t header[256] = {SHARD_MAGIC, SHARD_VERSION, 1000};
+        uint16_t tokens[1000];
+        for (int i = 0; i < 1000; i++) tokens[i] = (uint16_t)(test_random(3, i) % 257);
+        FILE* file = fopen(path, "wb");
+        REQUIRE(file, "%s cannot be created", path);
+        fwrite(header, sizeof header, 1, file);
+        fwrite(tokens, sizeof tokens, 1, file);
+        fclose(file);
+    }
+    ranks_barrier(&ranks);
+    double loss[2];
+    for (int pass = 0; pass < 2; pass++) {
+        int world = pass ? ranks.world : 1, rank = pass ? ranks.rank : 0;
+        ValLoader val;
+        model_build(&model, make_settings("modern", SMALL, NULL), rank, world);
+        model_start(&model, &ranks);
+        randomize(&model);
+        val_open(&val, path, 777, model.B, model.T, rank, world, model.V);
+        loss[pass] = evaluate(&model, &val);
+        val_close(&val);
+        model_free(&model);
+    }
+    // Sums of at most 25 row losses in fp32 on a rank, then in double.
+    test_check("777 predictions on N ranks and on one", fabs(loss[1] / loss[0] - 1), 1e-6);
+    test_true("a loss near that of random tokens", loss[0] > 3 && loss[0] < 20);
+    ranks_barrier(&ranks);
+    if (ranks.rank == 0) unlink(path);
+}
+
+static void test_file(void) {
+    const char* path = scratch_path("model.safetensors");
+    Run saved = {}, loaded = {};
+    model_build(&model, make_settings("unet", SMALL, NULL), ranks.rank, ranks.world);
+    model_start(&model, &ranks);
+    randomize(&model);
+    for (int i = 0; i < model.B * model.T; i++) model.tokens_host[i] = model.targets_host[i] = i;
+    for (int micro = 0; micro < model.micro_steps; micro++) micro_step(&model, micro, 1e-3f);
+    step_stats(&model, false);
+    update(&model, 1, schedule_at(model.cfg, 0));      // the file is read while gathers are queued
+    weights_save(&model, path, 1);
+    keep_values(&model, &saved);
+    model_free(&model);
+    ranks_barrier(&ranks);
+    model_build(&model, make_settings("unet", SMALL, NULL), 0, 1);
+    model_start(&model, &ranks);
+    weights_load(&model, path);
+    keep_values(&model, &loaded);
+    model_free(&model);
+    test_true("the file has as many values", saved.n == loaded.n);
+    test_same_bits("saved by N ranks, loaded by one", saved.value, loaded.value,
+                   saved.n * sizeof(float));
+    free(saved.value), free(loaded.value);
+    ranks_barrier(&ranks);
+    if (ranks.rank == 0) unlink(path);
+}
+
+// ---- main ------------------------------------------------------------------------------------
+
+int main(int argc, char** argv) {
+    program_name = "test_zero";
+    ranks_start(&ranks, &argc, &argv);
+    test_init(argc, argv);
+    if (!test_has_device()) return test_summary();
+    if (ranks.rank != 0 && !freopen("/dev/null", "w", stdout)) return 1;
+    zero_choose_device(&ranks);
+#ifndef __CUDACC__
+    if (test_group("memory")) test_memory();
+#endif
+    if (ranks.rank == 0 && test_group("owners")) {
+        static const int WORLDS[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 64};
+        for (size_t i = 0; i < sizeof WORLDS / sizeof WORLDS[0]; i++) {
+            test_owners("modern", WORLDS[i]);
+            test_owners("unet", WORLDS[i]);
+        }
+        test_full_size_bytes();
+        test_memory_shrinks();
+    }
+    static const char* const REPLICATED[] = {"--zero", "0", NULL};
+    static const char* const WIDE[] = {"--grad-reduce", "fp32", NULL};
+    static const char* const TABLES[] = {"--bf16-tables", "0", NULL};
+    static const char* const ADAMW[] = {"--optimizer", "adamw", NULL};
+    if (test_group("modern")) test_training("modern", "", NULL);
+    if (test_group("unet")) test_training("unet", "", NULL);
+    if (FLOATX_IS_BF16) {
+        if (test_group("fp32 wire")) test_training("modern", " fp32 wire", WIDE);
+    } else {
+        if (test_group("fp32 tables")) test_training("unet", " fp32 tables", TABLES);
+        if (test_group("zero 0")) test_training("modern", " --zero 0", REPLICATED);
+        if (test_group("adamw")) test_training("modern", " adamw", ADAMW);
+    }
+    if (test_group("evaluation")) test_evaluation();
+    if (test_group("file")) test_file();
+    test_group_end();
+    // Rank 0 speaks for all.
+    int mine[3] = {test_state.passed, test_state.failed, test_state.skipped};
+    int* all = (int*)host_alloc(ranks.world, sizeof mine);
+    ranks_gather(&ranks, all, mine, sizeof mine);
+    for (int r = 1; r < ranks.world && ranks.rank == 0; r++) {
+        if (all[3 * r + 1]) printf("FAIL  rank %d: %d checks failed\n", r, all[3 * r + 1]);
+        test_state.passed += all[3 * r];
+        test_state.failed += all[3 * r + 1];
+        test_state.skipped += all[3 * r + 2];
+    }
+    free(all);
+    int status = test_summary();
+    ranks_stop(&ranks);
+    return status;
+}
