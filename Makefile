@@ -129,16 +129,21 @@ endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_oracle
 endif
-# Under mpirun: np=N:PROGRAM is N ranks of it. Every count in fp32; elsewhere one that divides nothing and one that does.
+# Under mpirun: np=N:PROGRAM is N ranks of it. 3 divides no bucket of eight layers, 8 divides them all.
 ifneq ($(NCCL),0)
-COUNTS := $(if $(filter fp32,$(HOST_PREC)$(SAN)),1 2 3 4 8,$(if $(SAN),2,2 3))
-RUNS   += $(if $(wildcard test/test_nccl.cu),$(foreach np,$(COUNTS),np=$(np):$(O)/test_nccl)) $(if $(wildcard test/test_ranks.c),$(O)/test_ranks)
-ifeq ($(SAN),)
-RUNS   += $(if $(wildcard test/test_trace.cu),$(O)/test_trace) $(if $(wildcard test/ranks.sh),test/ranks.sh$(comma)$(O)/train_gpt2_cpu$(comma)$(O)/test_zero)
-RUNS   += $(if $(wildcard test/cli_launch.sh),test/cli_launch.sh$(comma)$(O)/train_gpt2_cpu)
+ranks   = $(foreach np,$(1),np=$(np):$(O)/$(2))
+LAZY   := np=2:env,HOST_STREAMS=lazy,HOST_SCHED=12345,$(O)/test_zero
+ifeq ($(HOST_PREC)$(SAN),fp32)
+RUNS   += $(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 4 8,test_zero)
+RUNS   += $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
+RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace test/faults.sh,$(O)/train_gpt2_cpu test/cli_launch.sh,$(O)/train_gpt2_cpu
+else ifeq ($(HOST_PREC)$(SAN),bf16)
+RUNS   += $(call ranks,2 8,test_zero) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
+else
+RUNS   += $(O)/test_ranks $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(if $(filter thread,$(SAN)),$(comma)modern))
 endif
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/test_zero $(O)/check_trace)
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace)
 RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))

@@ -1198,6 +1198,16 @@ static size_t memory_total(const Model* m) {
     return total;
 }
 
+// "3.q": the matrix that is unit `unit` of its bank.
+static void print_unit(FILE* out, const Bank* bank, BankId b, int unit) {
+    for (int id = 0; id < PARAMS; id++) {
+        const ParamRow* row = &PARAM_TABLE[id];
+        const char* name = strstr(row->name, ".c_");
+        if (row->bank != b || row->slot != unit % bank->slots || !name) continue;
+        fprintf(out, " %d.%.*s", unit / bank->slots, (int)strcspn(name + 3, "."), name + 3);
+    }
+}
+
 // Who owns what, and what a step costs on the wire.
 static void print_ranks(FILE* out, const Model* m) {
     const Zero* z = &m->zero;
@@ -1228,10 +1238,9 @@ static void print_ranks(FILE* out, const Model* m) {
         for (int b = 0; b < BANKS; b++) {
             const Bank* bank = &m->banks[b];
             if (bank->n == 0 || bank->kind != MATRIX) continue;
-            fprintf(out, "%s", b == BANK_ATTN ? " attn" : "; mlp");
+            fprintf(out, "%s", b == BANK_ATTN ? " attn" : ", mlp");
             for (int i = 0; i < bank->zero.units; i++)
-                if (bank->zero.owner[i] == r)
-                    fprintf(out, " %d.%d", i / bank->slots, i % bank->slots);
+                if (bank->zero.owner[i] == r) print_unit(out, bank, (BankId)b, i);
         }
         fputc('\n', out);
     }

@@ -15,10 +15,10 @@ is queued, beside the backward of the layers before it, and gathered beside the 
 banks and the next forward; an event per bucket says when. All communication is on one stream and
 one communicator, in one order on every rank.
 
-In a bucket whose units divide by the ranks, rank r owns the r-th part: one ncclReduceScatter, one
-ncclAllGather, both in place. The units of other buckets go, the costly ones first, to whoever has
-least to do, and travel in a group of ncclReduce or ncclBroadcast, one per unit. Either way a rank
-sends (N-1)/N of the buffer's bytes, on the mean over ranks exactly:
+Where the units of the buckets of the same layers divide by the ranks, rank r owns the r-th part:
+one ncclReduceScatter, one ncclAllGather, both in place. The units of other buckets go, the costly
+ones first, to whoever has least to do, and travel in a group of ncclReduce or ncclBroadcast, one
+per unit. Either way a rank sends (N-1)/N of the buffer's bytes, on the mean over ranks exactly:
 
     bytes per step and rank = (N-1)/N P (bytes of a gradient + bytes of a weight) + small terms
 
@@ -130,8 +130,22 @@ static inline int zero_idlest(const Zero* z) {
     return rank;
 }
 
+// A bank that divides beside one that does not would leave nothing to even out the load with.
+static inline void zero_match(const Zero* z, ZeroBank* const* banks, int count) {
+    for (int a = 0; a < count; a++) {
+        for (int k = 0; k < banks[a]->bucket_count && banks[a]->cost > 0; k++) {
+            for (int b = 0; b < count; b++) {
+                bool beside = banks[b]->cost > 0 && k < banks[b]->bucket_count;
+                if (beside && banks[b]->buckets[k].units % z->world != 0)
+                    banks[a]->buckets[k].even = false;
+            }
+        }
+    }
+}
+
 // Gives every unit an owner; the same on every rank, as nothing but sizes enters.
 static inline void zero_deal(Zero* z, ZeroBank* const* banks, int count) {
+    zero_match(z, banks, count);
     memset(z->load, 0, z->world * sizeof(double));
     for (int b = 0; b < count; b++) {
         ZeroBank* bank = banks[b];

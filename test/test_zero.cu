@@ -417,7 +417,7 @@ int main(int argc, char** argv) {
 #ifndef __CUDACC__
     if (test_group("memory")) test_memory();
 #endif
-    if (ranks.rank == 0 && test_group("owners")) {
+    if (test_group("owners")) {
         static const int WORLDS[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 64};
         for (size_t i = 0; i < sizeof WORLDS / sizeof WORLDS[0]; i++) {
             test_owners("modern", WORLDS[i]);
