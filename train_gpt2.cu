@@ -1380,6 +1380,11 @@ int main(int argc, char** argv) {
     static Log log;
     ranks_start(&ranks, &argc, &argv);
     int rank = ranks.rank, world = ranks.world;
+    if (settings_want_help(argc, argv)) {
+        if (rank == 0) settings_help(stdout);
+        ranks_stop(&ranks);
+        return 0;
+    }
     settings_parse(&cfg, argc, argv);
     bool sample_only = cfg.load[0] && !cfg.train[0];
     if (cfg.dry_run && cfg.ranks) world = (int)cfg.ranks;
@@ -1427,6 +1432,7 @@ int main(int argc, char** argv) {
     }
     trace_close();
     log_close(&log);
+    ranks_watch(&ranks, cfg.out, NULL);      // there is soon no model to ask
     model_free(&model);
     ranks_stop(&ranks);
     return interrupted ? 130 : 0;

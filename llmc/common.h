@@ -86,7 +86,8 @@ static inline void* host_alloc(size_t count, size_t size) {
 // A 64-bit FNV-1a hash, to tell differences; no protection against intent.
 #define HASH_START 14695981039346656037ull
 static inline uint64_t hash_bytes(uint64_t hash, const void* data, size_t n) {
-    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const unsigned char*)data)[i]) * 1099511628211ull;
+    const unsigned char* byte = (const unsigned char*)data;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ byte[i]) * 1099511628211ull;
     return hash;
 }
 

@@ -461,6 +461,11 @@ static inline void settings_help(FILE* out) {
             "A flag given here wins over the recipe's.\n");
 }
 
+static inline bool settings_want_help(int argc, char** argv) {
+    for (int i = 1; i < argc; i++) if (strcmp(argv[i], "--help") == 0) return true;
+    return false;
+}
+
 static inline void settings_parse(Settings* s, int argc, char** argv) {
     bool given[FLAG_COUNT] = {false};
     const char* value_of[FLAG_COUNT] = {NULL};
@@ -486,10 +491,6 @@ static inline void settings_parse(Settings* s, int argc, char** argv) {
             value = argv[++i];
         }
         value_of[k] = value;
-        if (strcmp(f->name, "help") == 0) {
-            settings_help(stdout);
-            exit(0);
-        }
     }
     if (value_of[recipe - FLAG_TABLE]) {
         char path[2 * TEXT_SIZE];

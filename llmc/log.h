@@ -119,7 +119,8 @@ static inline void log_keep_earlier(const Log* log) {
 static inline FILE* log_create(const Log* log, const char* ending) {
     char path[TEXT_SIZE + 64];
     log_path(path, sizeof path, log, 0, ending);
-    FILE* file = fopen(path, "w");
+    // To be written at its end: the watch over the ranks adds its last words by a way of its own.
+    FILE* file = unlink(path) == 0 || errno == ENOENT ? fopen(path, "a") : NULL;
     REQUIRE(file, "%s: cannot be created: %s", path, strerror(errno));
     return file;
 }

@@ -233,6 +233,10 @@ static void parse_words(Settings* s, const char* words) {
         argv[argc++] = strcmp(word, "_") == 0 ? store + strlen(words) : word;
     }
     argv[argc] = NULL;
+    if (settings_want_help(argc, argv)) {      // as main does
+        settings_help(stdout);
+        exit(0);
+    }
     settings_parse(s, argc, argv);
 }
 
