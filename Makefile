@@ -132,7 +132,7 @@ endif
 # Under mpirun: np=N:PROGRAM is N ranks of it. 3 divides no bucket of eight layers, 8 divides them all.
 ifneq ($(NCCL),0)
 ranks   = $(foreach np,$(1),np=$(np):$(O)/$(2))
-LAZY   := np=2:env,HOST_STREAMS=lazy,HOST_SCHED=12345,$(O)/test_zero
+LAZY   := np=2:env,HOST_STREAMS=lazy,HOST_SCHED=12345,$(O)/test_zero,modern
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 4 8,test_zero)
 RUNS   += $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))

@@ -1393,7 +1393,7 @@ int main(int argc, char** argv) {
             "start one process", world);
     compare_settings(&ranks, &cfg);
     if (!cfg.dry_run) {
-        log_open(&log, &cfg, rank);
+        log_open(&log, &cfg, rank, world);
         ranks_watch(&ranks, cfg.out, model_failed);
         zero_choose_device(&ranks);
     }

@@ -131,13 +131,14 @@ static inline void log_flush(Log* log) {
             log->directory, strerror(errno));
 }
 
-static inline void log_open(Log* log, const Settings* s, int rank) {
+static inline void log_open(Log* log, const Settings* s, int rank, int world) {
     memset(log, 0, sizeof *log);
     log->rank = rank;
     snprintf(log->directory, sizeof log->directory, "%s", s->out);
     log->steps = s->steps;
     log->seed = s->seed;
-    log->terminal = rank == 0 && isatty(STDOUT_FILENO);
+    // mpirun gives its ranks a terminal of its own, whatever it writes to itself.
+    log->terminal = world == 1 && isatty(STDOUT_FILENO);
     make_directory(s->out);
     if (rank == 0) {
         log_keep_earlier(log);

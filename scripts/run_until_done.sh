@@ -29,7 +29,7 @@ last_step() {      # the number of the last step in the log; -1: none yet
     line=$(grep -aE '^step:[0-9]+' "$out/log.txt" 2> /dev/null | tail -1)
     line=${line#step:}
     line=${line%%[!0-9]*}
-    echo "$((10#${line:-0} - (${#line} == 0)))"
+    echo "$((${line:-0} - (${#line} == 0)))"
 }
 
 child="" signal="" signals=0

@@ -104,7 +104,8 @@ refused() {      # refused REGEX FLAGS...
     local words="$1"; shift
     run refused "$@"; local status=$?
     [ $status -eq 1 ] && grep -qE -- "$words" "$work/refused.txt" && ! [ -e "$work/refused/model.safetensors" ]
-    check "refused: $* (exit $status: $(head -1 "$work/refused.txt"))" $?
+    local ok=$?      # before the words of the name are made, which have a status too
+    check "refused: $* (exit $status: $(head -1 "$work/refused.txt"))" $ok
 }
 refused 'no such|unknown|no flag' --recipe modern --stepz 5
 refused 'wants an integer|not a' --recipe modern --seed 7x

@@ -33,12 +33,13 @@ word=${!calls}
 [ "${word%%:*}" = - ] || printf 'step:%s/100 train_loss:1.0\nRESULT\n' "${word%%:*}" > "$folder/log.txt"
 exit "${word##*:}"
 END
-# `wait FOLDER STATUS` waits for a signal, says which it got, and ends with STATUS.
+# `wait FOLDER STATUS` waits for a signal, says which it got, and ends with STATUS; after 20 s without one with 99.
 cat > "$work/wait" << 'END'
 #!/usr/bin/env bash
 for name in INT TERM HUP USR1 USR2; do trap "echo got $name >> $1/signals; exit $2" $name; done
 echo $$ >> "$1/ready"
-while true; do sleep 0.05; done
+for _ in {1..400}; do sleep 0.05; done
+exit 99
 END
 chmod +x "$work/pretend" "$work/wait"
 
@@ -50,7 +51,7 @@ attempts() {      # attempts NAME WANTED-STATUS WANTED-CALLS STEP:STATUS...
     [ "$(cat "$work/$name/calls")" = "$calls" ]; check $? "$name: $calls attempts (got $(cat "$work/$name/calls"))"
 }
 attempts done-at-once 0 1  5:0
-attempts resumed 0 3       5:75 010:75 20:0
+attempts resumed 0 3       5:75 8:75 20:0
 attempts error 1 1         5:1 6:0
 attempts error-later 7 2   5:75 6:7 7:0
 attempts interrupted 130 1 5:130 6:0
@@ -103,6 +104,24 @@ wait $wrapper; status=$?
 [ $status -eq 75 ]; check $? "SIGUSR2, command ends with 75: status 75 (got $status)"
 [ "$(cat "$work/usr2/signals")" = "got TERM" ]; check $? "SIGUSR2 does not reach the command"
 [ "$(wc -l < "$work/usr2/ready")" -eq 1 ]; check $? "SIGUSR2: not started again"
+
+# srun, pretended: runs the command behind its own flags once and dies of SIGTERM, as the real one; Slurm tells the task.
+mkdir -p "$work/bin" "$work/srun-term"
+cat > "$work/bin/srun" << 'END'
+#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do [ "$1" = --mpi=list ] && exit 0; shift; done
+trap 'exit 137' TERM
+"$@" & wait $!
+END
+chmod +x "$work/bin/srun"
+PATH="$work/bin:$PATH" scripts/run_until_done.sh srun --label "$work/wait" "$work/srun-term" 75 > "$work/srun-term.txt" 2>&1 &
+wrapper=$!
+wait_for "$work/srun-term/ready" .
+kill -TERM $wrapper
+wait_for "$work/srun-term.txt" SIGTERM
+kill -TERM "$(cat "$work/srun-term/ready")"
+wait $wrapper; status=$?
+[ $status -eq 75 ]; check $? "SIGTERM does not go to srun, which would kill its tasks (status $status)"
 
 # ---- speedrun_8xh100.sh --------------------------------------------------------------------
 # Its own copy of the tree, so that the program under test is the one it finds.
@@ -173,14 +192,7 @@ hosts "$work/hosts" "$work/nonesuch"; [ $? -eq 1 ]; check $? "hosts: no program"
 has "hosts: no program" "$work/hosts.txt" 'is no program'
 
 # ---- multi_node.sbatch ---------------------------------------------------------------------
-# Slurm's programs, pretended. srun runs the command behind its own flags once and dies of SIGTERM, as the real one;
-# scancel sends its signal to the process in $TASK; both and scontrol write down what they are told.
-cat > "$work/bin/srun" << 'END'
-#!/usr/bin/env bash
-while [[ "$1" == --* ]]; do [ "$1" = --mpi=list ] && exit 0; shift; done
-trap 'exit 137' TERM
-"$@" & wait $!
-END
+# Slurm's other programs: scancel sends its signal to the process in $TASK; both write down what they are told.
 # shellcheck disable=SC2016    # for the script that is written
 printf '#!/usr/bin/env bash\necho "scancel $*" >> "%s"; kill "${1/#--signal=/-}" "$(cat "$TASK")"\n' "$work/slurm.txt" > "$work/bin/scancel"
 printf '#!/usr/bin/env bash\necho "scontrol $*" >> "%s"\n' "$work/slurm.txt" > "$work/bin/scontrol"
@@ -195,18 +207,25 @@ batch() {      # batch NAME PROGRAM ARGUMENTS...
 has "sbatch" "$work/batch-done.txt" '2 nodes, 16 ranks, --mpi=none'
 (batch batch-error "$work/pretend" 5:3); [ $? -eq 3 ]; check $? "sbatch: an error is the end"
 ! [ -e "$work/slurm.txt" ]; check $? "sbatch: nothing put back into the queue"
-for status in 75 130; do      # the time is up: the tasks are asked to finish, and the job goes back into the queue if they want to go on
+time_is_up() {      # time_is_up STATUS STARTS REQUEUED: what the tasks end with, how often Slurm started the job anew, what it is told
+    local name="batch-$1-$2" batch got
     rm -f "$work/slurm.txt"
-    (batch batch-$status "$work/wait" $status) &
+    # shellcheck disable=SC2030    # meant for the subshell alone
+    (export SLURM_RESTART_COUNT="$2"; batch "$name" "$work/wait" "$1") &
     batch=$!
-    wait_for "$work/batch-$status/ready" .
+    wait_for "$work/$name/ready" .
     kill -USR1 "$(pgrep -P $batch)"      # behind timeout
     wait $batch; got=$?
-    [ $got -eq $status ]; check $? "sbatch, time is up: status $status (got $got)"
-    [ "$(cat "$work/batch-$status/signals")" = "got TERM" ]; check $? "sbatch, time is up: the task gets SIGTERM"
-    [ "$(wc -l < "$work/batch-$status/ready")" -eq 1 ]; check $? "sbatch, time is up: not started again"
-    [ "$(grep -c 'requeue 17' "$work/slurm.txt")" -eq $((status == 75)) ]; check $? "sbatch, time is up: back into the queue after 75 alone"
-done
+    [ $got -eq "$1" ]; check $? "sbatch, time is up: status $1 (got $got)"
+    [ "$(cat "$work/$name/signals")" = "got TERM" ]; check $? "sbatch, time is up: the task gets SIGTERM"
+    [ "$(wc -l < "$work/$name/ready")" -eq 1 ]; check $? "sbatch, time is up: not started again"
+    [ "$(grep -c 'requeue 17' "$work/slurm.txt")" -eq "$3" ]; check $? "sbatch, time is up: status $1, $2 starts before: $3 times back into the queue"
+}
+time_is_up 75 0 1
+time_is_up 75 19 1
+time_is_up 75 20 0
+time_is_up 130 0 0
+# shellcheck disable=SC2031    # set here for the first time
 export SLURM_RESTART_COUNT=20; rm -f "$work/slurm.txt"
 (batch batch-often "$work/pretend" 5:75 5:75 5:75); [ $? -eq 1 ]; check $? "sbatch: without progress"
 ! [ -e "$work/slurm.txt" ]; check $? "sbatch: without progress not put back"

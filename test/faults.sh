@@ -11,6 +11,7 @@ trials=${2:-20}
 tools=$(dirname "$program")
 cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 skipped=0
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 export OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_orte_abort_print_stack=0 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
@@ -83,7 +84,8 @@ whole_files() {      # whole_files NAME: every saved model is complete
     for file in "$work/$1"/model*.safetensors; do
         [ -e "$file" ] || continue
         header=$(od -An -tu8 -N8 "$file" | tr -d ' ')
-        last=$(head -c $((8 + header)) "$file" | grep -aoE '"data_offsets":\[[0-9]+,[0-9]+\]' | sed -E 's/.*,([0-9]+)\]/\1/' | sort -n | tail -1)
+        last=$(head -c $((8 + header)) "$file" | grep -aoE '"data_offsets":\[[0-9]+,[0-9]+\]' |
+               sed -E 's/.*,([0-9]+)\]/\1/' | sort -n | tail -1)
         [ "$(stat -c %s "$file")" -eq $((8 + header + last)) ] || return 1
     done
 }
@@ -120,11 +122,12 @@ for ((trial = 1; trial <= trials; trial++)); do
         [ "$(messages $name)" -eq 0 ] && silent=$((silent + 1))
     fi
     [ -z "$(segments)" ]; check $? "$what: nothing left in /dev/shm: $(segments | tr '\n' ' ')"
-    [ -z "$(find "$TMPDIR" -mindepth 1 -not -type d)" ]; check $? "$what: nothing left in TMPDIR: $(find "$TMPDIR" -not -type d | head -3 | tr '\n' ' ')"
+    left=$(find "$TMPDIR" -not -type d | head -3 | tr '\n' ' ')
+    [ -z "$left" ]; check $? "$what: nothing left in TMPDIR: $left"
     whole_files $name; check $? "$what: saved models are whole"
     rm -rf "${TMPDIR:?}"/* "$work/$name"
 done
-echo "note  $named kills after the start: one message each. $early before all had their logs: $((early - silent)) with a message, $silent" \
+echo "note  $named kills of ranks that ran, $early before all had their logs: $((early - silent)) with a message, $silent" \
      "with mpirun's words alone. Slowest end: $worst ms. SEED=$seed"
 [ $((named + early)) -eq "$trials" ] && [ $((trials < 8 || named > 0)) -eq 1 ]; check $? "some kills met ranks that run"
 
@@ -136,8 +139,6 @@ job=$(variable "${pids[0]}" PMIX_NAMESPACE)
 kill -9 $launcher
 ends "kill of mpirun" 30 2> /dev/null      # without what bash says about it
 echo "note  the ranks of a killed mpirun took $took ms to end"
-[ "$(grep -lE "^train_gpt2: .*(launcher \(pid $launcher\) is gone|is gone)" "$work/$name"/log*.txt | wc -l)" -ge 1 ]
-check $? "kill of mpirun: a log says why: $(tail -qn 2 "$work/$name"/log*.txt | grep -m1 '^train_gpt2: ')"
 # Nobody is left who could remove what mpirun keeps: that is not looked at here.
 [ -n "$job" ] && segments | xargs -r rm -f
 rm -rf "${TMPDIR:?}"/*
@@ -184,6 +185,5 @@ else
     skip "under ThreadSanitizer: make SAN=thread has not made $(basename "$tools")-thread/train_gpt2_cpu"
 fi
 
-rm -rf "$work"
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ $failed -eq 0 ]

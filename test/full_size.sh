@@ -75,7 +75,8 @@ eight=$(loss "$work/ranks" 0 val)
 check $? "validation loss at the start on eight ranks and on one: ${eight:-none}, ${first:-none}"
 # Such a model bets on the token repeating itself, with a logit of sqrt(768 / 3) = 16 over zeros: a loss of 16.0058 in the records'
 # logs. Here part of the tokens do repeat. The logit of a byte is off by a few tenths, the mean over the text's bytes by less.
-repeats=$(od -An -v -tu2 -w2 -j1024 -N1026 "$work/text_train_000001.bin" | awk 'NR > 1 && $1 == last { n++ } { last = $1 } END { print n + 0 }')
+repeats=$(od -An -v -tu2 -w2 -j1024 -N1026 "$work/text_train_000001.bin" |
+          awk 'NR > 1 && $1 == last { n++ } { last = $1 } END { print n + 0 }')
 train=$(loss "$work/ranks" 1 train)
 [ -n "$train" ] && holds "$train > 16.0058 * (1 - $repeats / 512) - 0.2 && $train < 16.0058 * (1 - $repeats / 512) + 0.2"
 check $? "loss of step 1 is that of a model that repeats its token, which $repeats of 512 do: ${train:-none}"

@@ -190,12 +190,14 @@ refused() {      # refused NAME STATUS REGEX: the words of run NAME are one mess
     local count; count=$(grep -c '^train_gpt2: ' "$work/$1.err")
     [ "$2" -eq 1 ]; check $? "refused $1: exit 1 (got $2)"
     [ "$count" -eq 1 ]; check $? "refused $1: one message (found $count): $(grep -m2 '^train_gpt2: ' "$work/$1.err" | tr '\n' ' ')"
-    grep -A3 '^train_gpt2: ' "$work/$1.err" | grep -qE -- "$3"; check $? "refused $1: says $3: $(grep -m1 '^train_gpt2: ' "$work/$1.err")"
+    grep -A3 '^train_gpt2: ' "$work/$1.err" | grep -qE -- "$3"
+    check $? "refused $1: says $3: $(grep -m1 '^train_gpt2: ' "$work/$1.err")"
     ! [ -e "$work/$1/model.safetensors" ]; check $? "refused $1: nothing is saved"
 }
 pair() {      # pair NAME FLAG VALUE VALUE REGEX: two ranks of other flags
     flags "$1" --steps 3
-    timeout -k 10 60 mpirun -np 1 "$program" "${line[@]}" "$2" "$3" : -np 1 "$program" "${line[@]}" "$2" "$4" > "$work/$1.txt" 2> "$work/$1.err"
+    timeout -k 10 60 mpirun -np 1 "$program" "${line[@]}" "$2" "$3" : -np 1 "$program" "${line[@]}" "$2" "$4" \
+        > "$work/$1.txt" 2> "$work/$1.err"
     refused "$1" $? "$5"
 }
 pair seeds --seed 1 2 'rank 1 .*seed is 2, rank 0 has 1'
@@ -203,7 +205,8 @@ pair rates --muon-lr 0.01 0.02 'rank 1 .*muon-lr is 0.02, rank 0 has 0.01'
 cp "$program" "$work/other_program"
 printf '\0' >> "$work/other_program"
 flags programs --steps 3 --recipe "$PWD/scripts/recipes/modern.cfg"
-timeout -k 10 60 mpirun -np 2 "$program" "${line[@]}" : -np 1 "$work/other_program" "${line[@]}" > "$work/programs.txt" 2> "$work/programs.err"
+timeout -k 10 60 mpirun -np 2 "$program" "${line[@]}" : -np 1 "$work/other_program" "${line[@]}" \
+    > "$work/programs.txt" 2> "$work/programs.err"
 refused programs $? 'rank 2 .*program is [0-9a-f]{16}, rank 0 has [0-9a-f]{16}'
 
 run count 2 --ranks 4; refused count $? '--ranks 4, but 2 take part'
@@ -228,7 +231,9 @@ for r in 0 1 2; do
     cp "$work/text_train_000001.bin" "$work/folder$r/train1.bin"
     cp "$work/text_val_000000.bin" "$work/folder$r/val0.bin"
 done
-BEFORE='' apart same-data --steps 3; check $? "three ranks with data of their own that is the same"
+BEFORE='' apart same-data --steps 3 --out run; check $? "three ranks with data of their own that is the same"
+[ "$(ls -x "$work/folder0/run")" = "log.jsonl  log.txt  model.safetensors" ]; check $? "rank 0 writes logs and weights"
+[ "$(ls "$work/folder1/run")" = log.rank1.txt ]; check $? "rank 1 writes its log and nothing else: $(ls -x "$work/folder1/run")"
 cp "$work/folder2/train1.bin" "$work/folder2/train2.bin"
 BEFORE='' apart shards --steps 3; refused shards $? 'rank 2 .*number of training shards is 2, rank 0 has 1'
 mv "$work/folder2/train2.bin" "$work/folder2/train1.bin"

@@ -19,8 +19,8 @@ one. What needs rights that are missing (a small /dev/shm, other host names) is 
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-enum { MAX_CREW = 8 };
-static const double SOON = 5;   // seconds in which all ranks must be gone
+enum { MAX_CREW = 8, MAX_CREWS = 48 };
+static const double SOON = 10;  // seconds in which all ranks must be gone; many crews share a core
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 static const bool SANITIZED = true;
 #else
@@ -41,24 +41,37 @@ typedef struct Crew {
     int n;
     pid_t pid[MAX_CREW];        // 0: gone, or never started
     int status[MAX_CREW];       // of exit; -S: killed by signal S; 1000: still there in the end
-    double started, ended;
+    double started, killed, ended, limit;
     int port;
-    char err[65536];
+    char directory[300];        // of its logs
+    char err[32768];
     FILE* file;
+    char what[80];              // what is expected; "": the test looks itself
+    int status_of_all;          // -1: status 1 and one message, with both parts
+    int victim;                 // who ends by SIGKILL, or -1
+    char part1[512], part2[700];
+    int log_of;                 // the rank whose log holds part1 as well, or -1
 } Crew;
 
-static Crew crew;
+// They run side by side, until crews_finish.
+static Crew crews[MAX_CREWS];
+static int crew_count;
+static Crew* crew;              // the last of them
+static char directory[300];     // of this process, a rank
 
+// Below the ports that the kernel gives to connections, and each only once.
 static int free_port(void) {
-    struct sockaddr_in a;
-    socklen_t size = sizeof a;
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    REQUIRE(fd >= 0 && bind(fd, (struct sockaddr*)&a, sizeof a) == 0 &&
-            getsockname(fd, (struct sockaddr*)&a, &size) == 0, "no free port: %s", strerror(errno));
-    close(fd);
-    return ntohs(a.sin_port);
+    static int next;
+    if (!next) next = 10000 + (int)getpid() % 200 * 100;
+    for (;;) {
+        struct sockaddr_in a = {};
+        a.sin_family = AF_INET;
+        a.sin_port = htons((uint16_t)next++);
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        bool is_free = bind(fd, (struct sockaddr*)&a, sizeof a) == 0;
+        close(fd);
+        if (is_free) return next - 1;
+    }
 }
 
 static void set_number(const char* name, int v) {
@@ -67,15 +80,116 @@ static void set_number(const char* name, int v) {
     setenv(name, text, 1);
 }
 
+static void crews_reap(void) {
+    for (int k = 0; k < crew_count; k++) {
+        Crew* c = &crews[k];
+        int left = 0;
+        for (int i = 0; i < c->n; i++) {
+            int status;
+            if (!c->pid[i]) continue;
+            if (waitpid(c->pid[i], &status, WNOHANG) != c->pid[i]) {
+                left++;
+                continue;
+            }
+            c->pid[i] = 0;
+            c->status[i] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+        }
+        if (left == 0 && c->ended == 0) c->ended = net_now();
+    }
+}
+
+static void pause_for(double seconds) {
+    for (double end = net_now() + seconds; net_now() < end; net_sleep(0.002)) crews_reap();
+}
+
+static int messages(const char* text) {
+    int n = 0;
+    static const char NAME[] = "test_ranks: ";
+    for (const char* line = text; line && *line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        n += strncmp(line, NAME, sizeof NAME - 1) == 0;
+    }
+    return n;
+}
+
+static void crew_show(const Crew* c) {
+    printf("      after %.1f s; statuses", c->ended - c->started);
+    for (int i = 0; i < c->n; i++) printf(" %d", c->status[i]);
+    printf("; they said:\n%s", c->err);
+}
+
+static void log_path(char* path, size_t size, const char* folder_of_run, int rank) {
+    char name[32] = "log.txt";
+    if (rank) snprintf(name, sizeof name, "log.rank%d.txt", rank);
+    snprintf(path, size, "%s/%s", folder_of_run, name);
+}
+
+static bool file_holds(const char* path, const char* part) {
+    static char text[65536];
+    FILE* file = fopen(path, "r");
+    if (!file) return false;
+    text[fread(text, 1, sizeof text - 1, file)] = 0;
+    fclose(file);
+    return strstr(text, part) != NULL;
+}
+
+static void crew_judge(const Crew* c) {
+    bool ends = c->status_of_all < 0;
+    bool ok = ends ? messages(c->err) == 1 && !strstr(c->err, "Sanitizer") &&
+                         strstr(c->err, c->part1) && strstr(c->err, c->part2)
+                   : !c->err[0];
+    for (int i = 0; i < c->n; i++)
+        ok = ok && c->status[i] == (!ends ? c->status_of_all : i == c->victim ? -SIGKILL : 1);
+    if (!test_true(c->what, ok)) crew_show(c);
+    if (c->log_of < 0) return;
+    char path[400];
+    log_path(path, sizeof path, c->directory, c->log_of);
+    if (!test_true("the log has the message", file_holds(path, c->part1))) printf("%s\n", path);
+}
+
+// Waits for all and looks whether they did as expected. Their results stay until the next starts.
+static void crews_finish(void) {
+    for (bool all = false; !all; pause_for(0.005)) {
+        all = true;
+        crews_reap();
+        for (int k = 0; k < crew_count; k++) {
+            const Crew* c = &crews[k];
+            bool over = net_now() > c->started + c->limit * SLOWER;
+            for (int i = 0; i < c->n; i++) {
+                if (!c->pid[i]) continue;
+                all = false;
+                if (!over) continue;
+                kill(c->pid[i], SIGKILL);
+                waitpid(c->pid[i], NULL, 0);
+                crews[k].pid[i] = 0;
+            }
+        }
+    }
+    for (int k = 0; k < crew_count; k++) {
+        Crew* c = &crews[k];
+        rewind(c->file);
+        c->err[fread(c->err, 1, sizeof c->err - 1, c->file)] = 0;
+        fclose(c->file);
+        if (c->what[0]) crew_judge(c);
+    }
+    crew_count = 0;
+}
+
 static void crew_new(int n) {
-    memset(&crew, 0, sizeof crew);
-    crew.n = n;
-    crew.port = free_port();
-    crew.file = tmpfile();
-    REQUIRE(crew.file, "no temporary file: %s", strerror(errno));
-    fcntl(fileno(crew.file), F_SETFL, O_APPEND);
-    crew.started = ranks_now();
-    for (int i = 0; i < n; i++) crew.status[i] = 1000;
+    static int number;
+    if (crew_count == MAX_CREWS) crews_finish();
+    crew = &crews[crew_count++];
+    memset(crew, 0, sizeof *crew);
+    crew->n = n;
+    crew->port = free_port();
+    crew->file = tmpfile();
+    REQUIRE(crew->file, "no temporary file: %s", strerror(errno));
+    fcntl(fileno(crew->file), F_SETFL, O_APPEND);
+    snprintf(crew->directory, sizeof crew->directory, "%s/%d", folder, number++);
+    REQUIRE(mkdir(crew->directory, 0700) == 0, "%s: %s", crew->directory, strerror(errno));
+    crew->started = net_now();
+    crew->limit = SOON;
+    for (int i = 0; i < n; i++) crew->status[i] = 1000;
 }
 
 // Forks; true in the child, whose stderr goes to the crew's file.
@@ -84,16 +198,18 @@ static bool crew_fork(int i) {
     pid_t pid = fork();
     REQUIRE(pid >= 0, "fork: %s", strerror(errno));
     if (pid) {
-        crew.pid[i] = pid;
+        crew->pid[i] = pid;
         return false;
     }
     int null = open("/dev/null", O_WRONLY);
     dup2(null, STDOUT_FILENO);
-    dup2(fileno(crew.file), STDERR_FILENO);
+    dup2(fileno(crew->file), STDERR_FILENO);
+    memcpy(directory, crew->directory, sizeof directory);
     set_number("RANK", i);
-    set_number("WORLD_SIZE", crew.n);
+    set_number("WORLD_SIZE", crew->n);
     setenv("MASTER_ADDR", "127.0.0.1", 1);
-    set_number("MASTER_PORT", crew.port);
+    set_number("MASTER_PORT", crew->port);
+    set_number("SLURM_RESTART_COUNT", crew->port);    // so that the jobs of two crews differ
     return true;
 }
 
@@ -108,70 +224,19 @@ static void crew_start(int n, Body body, const void* argument) {
     for (int i = 0; i < n; i++) crew_add(i, body, argument);
 }
 
-// Until all have ended or the time is over.
-static void crew_wait(double seconds) {
-    double deadline = ranks_now() + seconds * SLOWER;
-    for (;;) {
-        int left = 0;
-        for (int i = 0; i < crew.n; i++) {
-            int status;
-            if (!crew.pid[i]) continue;
-            if (waitpid(crew.pid[i], &status, WNOHANG) != crew.pid[i]) {
-                left++;
-                continue;
-            }
-            crew.pid[i] = 0;
-            crew.status[i] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-        }
-        if (left == 0) break;
-        if (ranks_now() > deadline) {
-            for (int i = 0; i < crew.n; i++) {
-                if (!crew.pid[i]) continue;
-                kill(crew.pid[i], SIGKILL);
-                waitpid(crew.pid[i], NULL, 0);
-                crew.pid[i] = 0;
-            }
-            break;
-        }
-        ranks_sleep(0.005);
-    }
-    crew.ended = ranks_now();
-    rewind(crew.file);
-    crew.err[fread(crew.err, 1, sizeof crew.err - 1, crew.file)] = 0;
-    fclose(crew.file);
-    crew.file = NULL;
-}
-
-static int messages(const char* text) {
-    int n = 0;
-    static const char NAME[] = "test_ranks: ";
-    for (const char* line = text; line && *line; line = strchr(line, '\n')) {
-        line += *line == '\n';
-        n += strncmp(line, NAME, sizeof NAME - 1) == 0;
-    }
-    return n;
-}
-
-static void crew_show(void) {
-    printf("      statuses");
-    for (int i = 0; i < crew.n; i++) printf(" %d", crew.status[i]);
-    printf("; they said:\n%s", crew.err);
-}
-
-// Every rank has ended with this status and without a word.
+// Every rank of the last crew is to end with this status and without a word.
 static void expect_silence(const char* what, int status) {
-    bool ok = !crew.err[0];
-    for (int i = 0; i < crew.n; i++) ok = ok && crew.status[i] == status;
-    if (!test_true(what, ok)) crew_show();
+    snprintf(crew->what, sizeof crew->what, "%s", what);
+    crew->status_of_all = status;
+    crew->log_of = -1;
 }
 
-// All have ended with status 1, or as the victim of SIGKILL, and there is one message, with the
-// given parts.
+// All are to end with status 1, or as the victim of SIGKILL, with one message that has both parts.
 static void expect_end(const char* what, int victim, const char* part1, const char* part2) {
-    bool ok = messages(crew.err) == 1 && !strstr(crew.err, "Sanitizer") &&
-              strstr(crew.err, part1) && (!part2 || strstr(crew.err, part2));
-    for (int i = 0; i < crew.n; i++) ok = ok && crew.status[i] == (i == victim ? -SIGKILL : 1);
-    if (!test_true(what, ok)) crew_show();
+    expect_silence(what, -1);
+    crew->victim = victim;
+    snprintf(crew->part1, sizeof crew->part1, "%s", part1);
+    snprintf(crew->part2, sizeof crew->part2, "%s", part2 ? part2 : "");
 }
 
 static const char* path_of(const char* name) {
@@ -180,15 +245,6 @@ static const char* path_of(const char* name) {
     char* path = paths[turn++ % 4];
     snprintf(path, sizeof paths[0], "%s/%s", folder, name);
     return path;
-}
-
-static bool file_holds(const char* path, const char* part) {
-    static char text[65536];
-    FILE* file = fopen(path, "r");
-    if (!file) return false;
-    text[fread(text, 1, sizeof text - 1, file)] = 0;
-    fclose(file);
-    return strstr(text, part) != NULL;
 }
 
 static Ranks ranks;
@@ -224,25 +280,17 @@ static int body_ids(const void* argument) {
     char host[256];
     gethostname(host, sizeof host);
     REQUIRE(strcmp(host, ranks.host) == 0, "host %s", ranks.host);
-    for (int p = 0; p < ranks.world && ranks.world > 1; p++) {
-        REQUIRE(strcmp(ranks.places[p].host, host) == 0 && ranks.places[p].pid > 0,
-                "rank %d does not know where rank %d is", ranks.rank, p);
-    }
-    int rank = ranks.rank;
     ranks_stop(&ranks);
-    return 20 + rank;
+    return 20;
 }
 
 static void test_ids(void) {
     static const int SIZES[] = { 1, 2, 3, 8 };
     for (int k = 0; k < 4; k++) {
         crew_start(SIZES[k], body_ids, NULL);
-        crew_wait(10);
-        bool ok = !crew.err[0];
-        for (int i = 0; i < crew.n; i++) ok = ok && crew.status[i] == 20 + i;
         char what[64];
-        snprintf(what, sizeof what, "%d ranks: numbers and statuses", crew.n);
-        if (!test_true(what, ok)) crew_show();
+        snprintf(what, sizeof what, "%d ranks: numbers and statuses", SIZES[k]);
+        expect_silence(what, 20);
     }
 }
 
@@ -255,7 +303,7 @@ static int body_messages(const void* argument) {
     static const size_t SIZES[] = { 0, 1, 7, 4096, 100003, 3000017 };
     (void)argument;
     start();
-    ranks_watch(&ranks, folder, NULL);
+    ranks_watch(&ranks, directory, NULL);
     for (int round = 0; round < 6; round++) {
         size_t n = SIZES[round];
         unsigned char* mine = (unsigned char*)test_calloc(n, 1);
@@ -293,10 +341,10 @@ static int body_messages(const void* argument) {
 static int body_barrier(const void* argument) {
     (void)argument;
     start();
-    double before = ranks_now();
-    if (ranks.rank == 1) ranks_sleep(0.5);
+    double before = net_now();
+    if (ranks.rank == 1) net_sleep(0.5);
     ranks_barrier(&ranks);
-    double waited = ranks_now() - before;
+    double waited = net_now() - before;
     REQUIRE(waited > 0.4, "the barrier of rank %d took %.3f s", ranks.rank, waited);
     ranks_stop(&ranks);
     return 0;
@@ -305,10 +353,10 @@ static int body_barrier(const void* argument) {
 static int body_stop_late(const void* argument) {
     (void)argument;
     start();
-    double before = ranks_now();
-    if (ranks.rank == 2) ranks_sleep(0.7);
+    double before = net_now();
+    if (ranks.rank == 2) net_sleep(0.7);
     ranks_stop(&ranks);
-    REQUIRE(ranks_now() - before > 0.4, "a rank did not wait for the good-bye of the others");
+    REQUIRE(net_now() - before > 0.4, "a rank did not wait for the good-bye of the others");
     return 75;
 }
 
@@ -317,7 +365,7 @@ static bool poll_slowly(char* what, size_t size) {
     (void)what, (void)size;
     __atomic_store_n(&polling, 1, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&polls, 1, __ATOMIC_SEQ_CST);
-    ranks_sleep(0.2);
+    net_sleep(0.2);
     __atomic_store_n(&polling, 0, __ATOMIC_SEQ_CST);
     return false;
 }
@@ -326,14 +374,38 @@ static bool poll_slowly(char* what, size_t size) {
 static int body_poll(const void* argument) {
     (void)argument;
     start();
-    ranks_watch(&ranks, folder, poll_slowly);
+    ranks_watch(&ranks, directory, poll_slowly);
     for (int i = 0; i < 2000 && !__atomic_load_n(&polling, __ATOMIC_SEQ_CST); i++)
-        ranks_sleep(0.002);
-    ranks_watch(&ranks, folder, NULL);
+        net_sleep(0.002);
+    ranks_watch(&ranks, directory, NULL);
     REQUIRE(polls > 0 && !polling, "%d polls, under way: %d", polls, polling);
     int before = polls;
-    ranks_sleep(0.5);
+    net_sleep(0.5);
     REQUIRE(polls == before, "%d polls after the end of them", polls - before);
+    ranks_stop(&ranks);
+    return 0;
+}
+
+static int signals;
+static void count_signal(int signal_number) {
+    (void)signal_number;
+    __atomic_add_fetch(&signals, 1, __ATOMIC_SEQ_CST);
+}
+
+// A signal that the program's own thread holds back stays held back.
+static int body_signals(const void* argument) {
+    (void)argument;
+    sigset_t held, pending;
+    start();
+    signal(SIGUSR1, count_signal);
+    sigemptyset(&held);
+    sigaddset(&held, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &held, NULL);
+    kill(getpid(), SIGUSR1);
+    net_sleep(0.3);
+    sigpending(&pending);
+    REQUIRE(__atomic_load_n(&signals, __ATOMIC_SEQ_CST) == 0 && sigismember(&pending, SIGUSR1),
+            "the signal went to the thread of the ranks");
     ranks_stop(&ranks);
     return 0;
 }
@@ -341,20 +413,19 @@ static int body_poll(const void* argument) {
 static void test_messages(void) {
     for (int n = 1; n <= 8; n = n < 3 ? n + 1 : n + 5) {
         crew_start(n, body_messages, NULL);
-        crew_wait(20);
         char what[64];
         snprintf(what, sizeof what, "%d ranks: broadcast, gather, barrier, compare", n);
         expect_silence(what, 0);
     }
     crew_start(3, body_barrier, NULL);
-    crew_wait(10);
     expect_silence("a barrier waits for the last", 0);
     crew_start(2, body_poll, NULL);
-    crew_wait(10);
     expect_silence("poll is asked, and can be taken back", 0);
+    crew_start(2, body_signals, NULL);
+    expect_silence("the thread gets no signal", 0);
     crew_start(4, body_stop_late, NULL);
-    crew_wait(10);
     expect_silence("a late good-bye, and the status is kept", 75);
+    crews_finish();
 }
 
 // ---- alone ---------------------------------------------------------------------------------
@@ -385,7 +456,6 @@ static void forget_launchers(void) {
 static int body_variables(const void* argument) {
     const Variables* v = (const Variables*)argument;
     forget_launchers();
-    ranks_claim_seconds = 0.05;
     for (int i = 0; i < 16 && v->set[i]; i += 2) setenv(v->set[i], v->set[i + 1], 1);
     int files = files_of_process(), threads = threads_of_process(), mpi = 0;
     start();
@@ -400,7 +470,7 @@ static int body_variables(const void* argument) {
     ranks_gather(&ranks, y, &x, sizeof x);
     ranks_barrier(&ranks);
     ranks_compare(&ranks, "a = 1\n");
-    ranks_watch(&ranks, folder, NULL);
+    ranks_watch(&ranks, directory, NULL);
     REQUIRE(x == 5 && y[0] == 5, "alone, a gather brings %d", y[0]);
     ranks_stop(&ranks);
     return 33;
@@ -454,7 +524,6 @@ static void test_variables(void) {
     for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
         if (SANITIZED && strncmp(CASES[i].what, "another MPI", 11) == 0) continue;    // calls MPI
         crew_start(1, body_variables, &CASES[i]);
-        crew_wait(10);
         if (CASES[i].part1) expect_end(CASES[i].what, -1, CASES[i].part1, CASES[i].part2);
         else expect_silence(CASES[i].what, 33);
     }
@@ -462,7 +531,7 @@ static void test_variables(void) {
 
 static void expect_host(const char* list, const char* host) {
     char got[64];
-    bool ok = ranks_first_host(got, sizeof got, list);
+    bool ok = launch_first_host(got, sizeof got, list);
     if (!test_true(list, host ? ok && strcmp(got, host) == 0 : !ok)) printf("      %s\n", got);
 }
 
@@ -485,9 +554,9 @@ static int body_slurm(const void* argument) {
 
 // MPI comes up alone, and the variables of another launcher are there.
 static int body_two_launchers(const void* argument) {
-    (void)argument;
-    setenv("PMI_RANK", getenv("RANK"), 1);
-    setenv("PMI_SIZE", getenv("WORLD_SIZE"), 1);
+    const char* const* names = (const char* const*)argument;
+    setenv(names[0], getenv("RANK"), 1);
+    setenv(names[1], getenv("WORLD_SIZE"), 1);
     start();
     REQUIRE(ranks.rank == number_of("RANK") && ranks.world == number_of("WORLD_SIZE"),
             "rank %d of %d", ranks.rank, ranks.world);
@@ -510,17 +579,27 @@ static void test_launchers(void) {
     expect_host("0123456789012345678901234567890123456789012345678901234567890123456789", NULL);
     int job = (int)(getpid() % 9000) + 7;
     crew_start(3, body_slurm, &job);
-    crew_wait(10);
     expect_silence("srun without PMI", 0);
     if (SANITIZED) {
+        crews_finish();
         test_skip("MPI comes up alone", "a sanitizer reports what MPI does");
         return;
     }
-    crew_start(2, body_two_launchers, NULL);
-    crew_wait(20);
-    bool ok = crew.status[0] == 0 && crew.status[1] == 0 && messages(crew.err) == 1 &&
-              strstr(crew.err, "MPI came up with one process; 2 ranks meet by RANK and WORLD_SIZE");
-    if (!test_true("MPI comes up alone, and is done without", ok)) crew_show();
+    static const char* const NAMES[2][2] = {
+        { "PMI_RANK", "PMI_SIZE" }, { "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE" }
+    };
+    const Crew* two[2];
+    for (int i = 0; i < 2; i++) {
+        crew_start(2, body_two_launchers, NAMES[i]);
+        two[i] = crew;
+    }
+    crews_finish();
+    for (int i = 0; i < 2; i++) {
+        const Crew* c = two[i];
+        bool ok = c->status[0] == 0 && c->status[1] == 0 && messages(c->err) == 1 &&
+                  strstr(c->err, "came up with one process; 2 ranks meet by RANK and WORLD_SIZE");
+        if (!test_true("MPI comes up alone, and is done without", ok)) crew_show(c);
+    }
 }
 
 // ---- coming together -----------------------------------------------------------------------
@@ -537,15 +616,15 @@ static int stranger_connect(void) {
     struct sockaddr_in a;
     memset(&a, 0, sizeof a);
     a.sin_family = AF_INET;
-    a.sin_port = htons((uint16_t)crew.port);
+    a.sin_port = htons((uint16_t)crew->port);
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     for (int i = 0; i < 1000; i++) {
         int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (connect(fd, (struct sockaddr*)&a, sizeof a) == 0) return fd;
         close(fd);
-        ranks_sleep(0.005);
+        net_sleep(0.005);
     }
-    die("a stranger finds no port %d", crew.port);
+    die("a stranger finds no port %d", crew->port);
 }
 
 static int body_close_and_plain(const void* argument) {
@@ -553,68 +632,61 @@ static int body_close_and_plain(const void* argument) {
     return body_plain(NULL);
 }
 
-static void test_strangers(void) {
-    // All kinds of them, and more who say nothing than there are places.
+// Returns the crew that they hold up.
+static const Crew* test_strangers(void) {
+    // All kinds of them.
     crew_new(3);
     crew_add(0, body_plain, NULL);
-    int silent[100], n = 0;
-    RankHello old;
+    int silent[2] = { -1, -1 };
+    LaunchHello old;
     char noise[2 * sizeof old];
     for (size_t i = 0; i < sizeof noise; i++) noise[i] = (char)test_random(1, i);
-    for (int i = 0; i < 70; i++) silent[n++] = stranger_connect();
+    silent[0] = stranger_connect();
     close(stranger_connect());
     int fd = stranger_connect();
     test_true("noise can be sent", send(fd, noise, sizeof noise, MSG_NOSIGNAL) > 0);
     close(fd);
-    for (int kind = 0; kind < 3; kind++) {    // another magic, version, job
+    for (int kind = 0; kind < 2; kind++) {    // of another job; of this one, but hung up
         memset(&old, 0, sizeof old);
-        memcpy(old.magic, "modllmR", 8);
-        old.version = RANKS_VERSION;
         old.rank = 1;
         old.world = 3;
         setenv("MASTER_ADDR", "127.0.0.1", 1);
-        set_number("MASTER_PORT", crew.port);
-        old.job = ranks_job();
+        set_number("MASTER_PORT", crew->port);
+        set_number("SLURM_RESTART_COUNT", crew->port);
+        old.job = launch_job();
         forget_launchers();
-        if (kind == 0) old.magic[7] = 1;
-        if (kind == 1) old.version++;
-        if (kind == 2) old.job++;
+        if (kind == 0) old.job++;
+        // Half a hello, which keeps rank 0 busy until the other has hung up.
+        else silent[1] = stranger_connect();
+        if (kind) test_true("half can be sent", send(silent[1], &old, 8, MSG_NOSIGNAL) == 8);
         fd = stranger_connect();
         test_true("a hello can be sent", send(fd, &old, sizeof old, MSG_NOSIGNAL) == sizeof old);
+        if (kind) shutdown(fd, SHUT_WR);
         char byte;
-        struct timeval patience = { 5, 0 };
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-        test_true("a stranger is shown out", recv(fd, &byte, 1, 0) <= 0 && errno != EAGAIN);
+        test_true("a stranger is shown out", !net_read(fd, &byte, 1, net_now() + 5) &&
+                                                 errno != ETIMEDOUT);
         close(fd);
     }
-    fd = stranger_connect();    // half a hello
-    test_true("half a hello can be sent", send(fd, "modllmR", 8, MSG_NOSIGNAL) == 8);
     crew_add(1, body_plain, NULL);
     crew_add(2, body_plain, NULL);
-    crew_wait(20);
     expect_silence("strangers are no ranks", 0);
-    test_check("seconds that strangers hold up the start", crew.ended - crew.started, 4 * SLOWER);
-    for (int i = 0; i < n; i++) close(silent[i]);
-    close(fd);
+    const Crew* held_up = crew;    // the silent ones stay
 
     // One who answers in rank 0's place: the others do not take him for it.
     crew_new(2);
-    int listener = ranks_listen(&crew.port);
+    int listener = launch_listen(&crew->port);
     crew_add(1, body_close_and_plain, &listener);
     int taken = -1;
-    for (int i = 0; i < 2000 && taken < 0; i++) {
-        taken = accept(listener, NULL, NULL);
-        if (taken < 0) ranks_sleep(0.005);
-    }
-    char got[sizeof(RankHello)];
-    test_true("the stranger is asked", ranks_read(taken, got, sizeof got, ranks_now() + 5));
+    test_true("rank 1 comes", net_ready(listener, POLLIN, net_now() + 5) &&
+                                  (taken = accept(listener, NULL, NULL)) >= 0);
+    test_true("the stranger is asked", net_read(taken, &old, sizeof old, net_now() + 5));
     test_true("the stranger answers", send(taken, noise, sizeof noise, MSG_NOSIGNAL) > 0);
-    ranks_sleep(0.2);
+    pause_for(0.2);
     close(taken);
     close(listener);
     crew_add(0, body_plain, NULL);
-    crew_wait(20);
     expect_silence("rank 0 comes after a stranger had its port", 0);
+    return held_up;
 }
 
 static int body_with_rank(const void* argument) {
@@ -638,57 +710,62 @@ static int body_exit(const void* argument) {
 }
 
 static void test_coming(void) {
+    static int one = 1, five = 5;
+    char part[64];
+    const Crew* held_up = test_strangers();
     setenv("RANKS_TIMEOUT", "1", 1);
     crew_new(4);
     for (int i = 0; i < 4; i++) crew_add(i, i == 2 ? body_exit : body_plain, NULL);
-    crew_wait(SOON);
     expect_end("one does not come", -1, "1 of 4 ranks did not come within 1 s: 2\n",
                "RANKS_TIMEOUT");
     crew_new(8);
     for (int i = 0; i < 8; i++)
         crew_add(i, i == 1 || (i > 2 && i < 7) ? body_exit : body_plain, NULL);
-    crew_wait(SOON);
-    expect_end("many do not come", -1, "5 of 8 ranks did not come within 1 s: 1, 3 to 6\n", NULL);
+    expect_end("many do not come", -1, "5 of 8 ranks did not come within 1 s: 1, 3, 4, 5, 6\n",
+               NULL);
     crew_new(3);
     for (int i = 0; i < 3; i++) crew_add(i, i == 0 ? body_exit : body_plain, NULL);
-    crew_wait(SOON);
     expect_end("rank 0 does not come", -1, "no connection to rank 0 at 127.0.0.1, port ",
                "Connection refused");
     unsetenv("RANKS_TIMEOUT");
 
-    // One who has come fails while another is still awaited.
-    crew_new(3);
-    crew.n = 2;
-    for (int i = 0; i < 2; i++) crew_add(i, body_of_three, NULL);
-    ranks_sleep(0.5 * SLOWER);
-    kill(crew.pid[1], SIGTERM);
-    crew_wait(SOON);
-    expect_end("an end before all have come", -1, "rank 1: ended by SIGTERM\n", NULL);
+    // One who has come fails, or is gone, while another is still awaited.
+    for (int kind = 0; kind < 2; kind++) {
+        crew_new(3);
+        crew->n = 2;
+        for (int i = 0; i < 2; i++) crew_add(i, body_of_three, NULL);
+        pause_for(0.5 * SLOWER);
+        kill(crew->pid[1], kind ? SIGKILL : SIGTERM);
+        if (kind) expect_end("a kill before all have come", 1, "rank 1 of 3 (host ", " is gone");
+        else expect_end("an end before all have come", -1, "rank 1: ended by SIGTERM\n", NULL);
+    }
 
-    int one = 1, five = 5;
     crew_new(3);
     crew_add(0, body_plain, NULL);
     crew_add(1, body_with_rank, &one);
     crew_add(2, body_with_rank, &one);
-    crew_wait(SOON);
     expect_end("one number twice", -1, "two processes say they are rank 1: pid ", " and pid ");
     crew_new(3);
     crew_add(0, body_plain, NULL);
     crew_add(1, body_with_world, &five);
     crew_add(2, body_with_world, &five);
-    crew_wait(SOON);
     expect_end("different numbers of ranks", -1, "was started as one of 5, rank 0 as one of 3",
                NULL);
 
     crew_new(3);
-    int listener = ranks_listen(&crew.port);
-    for (int i = 0; i < 3; i++) crew_add(i, body_plain, NULL);
-    crew_wait(3 * SOON);
-    close(listener);
-    char part[64];
-    snprintf(part, sizeof part, "port %d, where rank 0 waits for the others, is in use", crew.port);
+    int listener = launch_listen(&crew->port);
+    for (int i = 0; i < 3; i++) crew_add(i, body_plain, &listener);
+    snprintf(part, sizeof part, "port %d, where rank 0 waits for the others, is in use",
+             crew->port);
     expect_end("a port in use", -1, part, "set MASTER_PORT");
-    test_check("seconds until all know of a port in use", crew.ended - crew.started, 3 * SLOWER);
+    const Crew* refused = crew;
+    crews_finish();
+    close(listener);
+    // Two of them are waited for, a second each.
+    test_check("seconds that strangers hold up the start", held_up->ended - held_up->started,
+               4 * SLOWER);
+    test_check("seconds until all know of a port in use", refused->ended - refused->started,
+               5 * SLOWER);
 }
 
 // ---- comparing -----------------------------------------------------------------------------
@@ -704,46 +781,38 @@ static int body_compare(const void* argument) {
     start();
     ranks_compare(&ranks, t->base);
     ranks_compare(&ranks, t->differ >> ranks.rank & 1 ? t->other : t->base);
+    if (t->differ) _exit(44);    // nobody goes on
     ranks_stop(&ranks);
     return 0;
 }
 
 static void test_compare_settings(void) {
-    char long_a[8300], long_b[8300];
-    memset(long_a, 'x', sizeof long_a);
-    memcpy(long_a, "data = ", 7);
-    strcpy(long_a + 8200, "\nlast = 1\n");
-    memcpy(long_b, long_a, sizeof long_a);
-    memcpy(long_b + 5000, "HERE", 4);
-    const Texts cases[] = {
+    static const Texts CASES[] = {
         { "one value", "--seed = 1\n--steps = 5\n", "--seed = 2\n--steps = 5\n", 8,
-          "rank 3 (host ", "): --seed is 2, rank 0 has 1\n" },
+          "test_ranks: rank 3 (host ", "): --seed is 2, rank 0 has 1\n" },
         { "the first of two ranks", "a = 1\nb = 2\n", "a = 1\nb = 3\n", 6,
-          "test_ranks: rank 1 (host ", "): b is 3, rank 0 has 2; rank 2 differs as well\n" },
-        { "two lines", "a = 1\nb = 2\nc = 3\n", "a = 0\nb = 0\nc = 0\n", 4,
-          "a is 0, rank 0 has 1; 2 more lines of rank 2 differ\n",
-          "all ranks must be started with the same" },
-        { "all the others", "a = 1\n", "a = 2\n", 14, "a is 2, rank 0 has 1; ranks 2, 3 differ ",
-          "differ as well\n" },
+          "test_ranks: rank 1 (host ", "): b is 3, rank 0 has 2\n" },
+        { "the first of two lines", "a = 1\nb = 2\nc = 3\n", "a = 1\nb = 0\nc = 0\n", 4,
+          "b is 0, rank 0 has 2\n", "all ranks must be started with the same" },
         { "a line that is missing there", "a = 1\nb = 2\n", "a = 1\n", 2,
-          "b is not there, rank 0 has 2\n", NULL },
+          " has '' where rank 0 has 'b = 2'\n", NULL },
         { "a line that is missing here", "a = 1\n", "a = 1\nb = 2\n", 2,
-          "b is 2, rank 0 has no such line\n", NULL },
-        { "nothing at all there", "a = 1\n", "", 2, "a is not there, rank 0 has 1\n", NULL },
-        { "an empty value", "a = \n", "a = 1\n", 2, "a is 1, rank 0 has empty\n", NULL },
+          " has 'b = 2' where rank 0 has ''\n", NULL },
+        { "nothing at all there", "a = 1\n", "", 2, " has '' where rank 0 has 'a = 1'\n", NULL },
+        { "an empty value", "a = \n", "a = 1\n", 2, "a is 1, rank 0 has \n", NULL },
         { "a value that begins like the other", "a = 10\n", "a = 1\n", 2, "a is 1, rank 0 has 10\n",
           NULL },
+        { "a value that goes on", "a = 1\n", "a = 10\n", 2, "a is 10, rank 0 has 1\n", NULL },
         { "a name that begins like the other", "ab = 1\n", "a = 1\n", 2,
-          "ab is not there, rank 0 has 1; 1 more line", NULL },
-        { "another order", "a = 1\nb = 2\n", "b = 2\na = 1\n", 2, "stand in another order", NULL },
+          " has 'a = 1' where rank 0 has 'ab = 1'\n", NULL },
+        { "another order", "a = 1\nb = 2\n", "b = 2\na = 1\n", 2,
+          " has 'b = 2' where rank 0 has 'a = 1'\n", NULL },
         { "no newline at the end", "a = 1\nb = 2\n", "a = 1\nb = 3", 2, "b is 3, rank 0 has 2\n",
           NULL },
-        { "deep inside 8 KiB", long_a, long_b, 4, "data is ...xxxxx", "xxxHERExxx" },
     };
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        crew_start(4, body_compare, &cases[i]);
-        crew_wait(SOON);
-        expect_end(cases[i].what, -1, cases[i].part1, cases[i].part2);
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+        crew_start(4, body_compare, &CASES[i]);
+        expect_end(CASES[i].what, -1, CASES[i].part1, CASES[i].part2);
     }
 }
 
@@ -754,7 +823,7 @@ typedef struct Fate {
 } Fate;
 enum {
     DIE_ONE, DIE_ALL, DIE_EARLY, LEAVE, POLL, TERMINATED, FINISH_EARLY, OTHER_CALL, OTHER_SIZE,
-    DIE_AFTER_KILL, DIE_WHILE_SENDING
+    DIE_AFTER_KILL, DIE_WHILE_SENDING, DIE_UNHEARD
 };
 
 static bool poll_says_no(char* what, size_t size) {
@@ -772,10 +841,10 @@ static int body_fate(const void* argument) {
     start();
     bool mine = ranks.rank == f->rank;
     if (f->kind == DIE_EARLY && mine) die("no such data\nmake some");
-    ranks_watch(&ranks, folder, f->kind == POLL && mine ? poll_fails : poll_says_no);
+    ranks_watch(&ranks, directory, f->kind == POLL && mine ? poll_fails : poll_says_no);
     ranks_barrier(&ranks);
     if (f->kind == DIE_ALL || (f->kind == DIE_ONE && mine)) die("no such data\nmake some");
-    if (f->kind == LEAVE && mine) return 0;
+    if (f->kind == LEAVE && mine) return 1;
     if (f->kind == FINISH_EARLY && mine) ranks_stop(&ranks);
     if (f->kind == FINISH_EARLY) ranks_barrier(&ranks);
     if (f->kind == TERMINATED && mine) kill(getpid(), SIGTERM);
@@ -784,9 +853,19 @@ static int body_fate(const void* argument) {
     if (f->kind == OTHER_CALL) ranks_compare(&ranks, "a = 1\n");
     if (f->kind == OTHER_SIZE) ranks_gather(&ranks, all, &x, mine ? 2 : 4);
     if (f->kind == OTHER_SIZE) ranks_barrier(&ranks);
+    // NCCL may fail for want of one whose end comes to be known a little later.
+    if (f->kind == DIE_AFTER_KILL && !mine && ranks.rank != (f->rank + 1) % 3)
+        die("the consequence");
+    if (f->kind == DIE_AFTER_KILL && mine) net_sleep(0.1);
     if (f->kind == DIE_AFTER_KILL && mine) kill(getpid(), SIGKILL);
-    // NCCL would fail here, for want of the one that is gone.
-    if (f->kind == DIE_AFTER_KILL && ranks.rank == 1) die("the consequence");
+    if (f->kind == DIE_UNHEARD && ranks.rank == 1) {    // rank 0 does not answer
+        pid_t deaf = ranks.lines[0].place.pid;
+        kill(deaf, SIGSTOP);
+        if (fork()) die("no such data");
+        net_sleep(3.2);
+        kill(deaf, SIGKILL);
+        _exit(0);
+    }
     if (f->kind == DIE_WHILE_SENDING) {    // into a main thread that is busy with as much
         static char much[4 << 20];
         for (int i = 0; i < 40; i++) {
@@ -794,7 +873,7 @@ static int body_fate(const void* argument) {
             ranks_broadcast(&ranks, much, sizeof much);
         }
     }
-    ranks_sleep(20);
+    net_sleep(60);
     return 0;
 }
 
@@ -802,21 +881,19 @@ static void run_fate(const char* what, int kind, int rank, int n, int victim, co
                      const char* part2) {
     Fate f = { kind, rank };
     crew_start(n, body_fate, &f);
-    crew_wait(SOON);
-    if (kind == LEAVE && crew.status[rank] == 0) crew.status[rank] = 1;
     expect_end(what, victim, part1, part2);
 }
 
 static void test_ends(void) {
+    run_fate("die() unheard by rank 0", DIE_UNHEARD, 1, 2, 0, "rank 1: no such data\n", NULL);
     for (int r = 0; r < 3; r++) {
-        char part[64], path[600];
+        char part[64];
         snprintf(part, sizeof part, "test_ranks: rank %d: no such data\n", r);
-        ranks_log_path(path, sizeof path, folder, r);
-        remove(path);
-        run_fate("die() on one rank", DIE_ONE, r, 3, -1, part, "                    make some\n");
-        test_true("its own log has it", file_holds(path, part));
-        ranks_log_path(path, sizeof path, folder, 0);
-        test_true("rank 0's log has it", file_holds(path, part));
+        for (int log_of = 0; log_of <= r; log_of += r ? r : 1) {    // its own, and rank 0's
+            run_fate("die() on one rank", DIE_ONE, r, 3, -1, part,
+                     "                    make some\n");
+            crew->log_of = log_of;
+        }
         run_fate("die() before there is a log", DIE_EARLY, r, 3, -1, part, NULL);
         run_fate("die() while others send", DIE_WHILE_SENDING, r, 3, -1, part, NULL);
         snprintf(part, sizeof part, "rank %d: NCCL: remote error\n", r);
@@ -827,13 +904,17 @@ static void test_ends(void) {
         run_fate("exit without a good-bye", LEAVE, r, 3, -1, part, "left without a word");
     }
     run_fate("die() on all ranks", DIE_ALL, 0, 8, -1, ": no such data\n", "make some");
-    run_fate("one has finished", FINISH_EARLY, 1, 3, -1, "rank 1 has finished, but rank 0 waits",
-             NULL);
+    run_fate("one has finished", FINISH_EARLY, 1, 3, -1,
+             "rank 1 is at call 5 (stop), rank 0 at call 5 (gather)", NULL);
     run_fate("another call", OTHER_CALL, 1, 3, -1,
-             "rank 1 is at call 4 (gather), rank 0 at call 4 (compare)", NULL);
+             " at call 5 (", ": rank ");    // by the one that sees it first
     run_fate("another size", OTHER_SIZE, 1, 3, -1, "rank 1 sent 2 bytes, rank 0 expected 4", NULL);
+    // Of rank 1, then of rank 0.
     run_fate("a kill outranks its consequence", DIE_AFTER_KILL, 2, 3, 2, "rank 2 of 3 (host ",
              " is gone");
+    run_fate("a kill outranks its consequence", DIE_AFTER_KILL, 1, 3, 1, "rank 1 of 3 (host ",
+             " is gone");
+    crews_finish();
 }
 
 static void flag_only(int signal_number) {
@@ -844,13 +925,13 @@ static void flag_only(int signal_number) {
 static int body_busy(const void* argument) {
     start();
     if (argument) signal(SIGTERM, flag_only);
-    ranks_watch(&ranks, folder, poll_says_no);
+    ranks_watch(&ranks, directory, poll_says_no);
     static char part[300000], all[MAX_CREW * sizeof part];
     for (int i = 0;; i++) {
         ranks_gather(&ranks, all, part, i % 2 ? sizeof part : 10);
         ranks_broadcast(&ranks, part, i % 3 ? 100 : sizeof part);
         ranks_compare(&ranks, "a = 1\n");
-        if (i % 10 == 0) ranks_sleep(0.02);
+        if (i % 10 == 0) net_sleep(0.02);
     }
     return 0;
 }
@@ -858,83 +939,96 @@ static int body_busy(const void* argument) {
 static int body_idle(const void* argument) {
     start();
     if (argument) signal(SIGTERM, flag_only);
-    ranks_watch(&ranks, folder, poll_says_no);
-    for (;;) ranks_sleep(1);
+    ranks_watch(&ranks, directory, poll_says_no);
+    for (;;) net_sleep(1);
     return 0;
 }
 
-static void crew_kill(int i, int signal_number) {
-    if (crew.pid[i]) kill(crew.pid[i], signal_number);
+static void crew_kill(Crew* c, int i, int signal_number) {
+    c->killed = net_now();
+    if (c->pid[i]) kill(c->pid[i], signal_number);
 }
 
 static void test_kill(void) {
     // After the start: the message names rank, host, pid and log.
+    Crew* idle[3];
+    for (int r = 0; r < 3; r++) {
+        crew_start(3, body_idle, NULL);
+        idle[r] = crew;
+    }
+    crew_start(8, body_busy, NULL);
+    Crew* busy = crew;
+    // As mpirun does it: the others get SIGTERM at once, and SIGKILL a second later.
+    Crew* launched[2];
+    for (int handler = 0; handler < 2; handler++) {
+        crew_start(4, body_idle, handler ? "" : NULL);
+        launched[handler] = crew;
+    }
+    pause_for(0.7 * SLOWER);
+    for (int handler = 0; handler < 2; handler++) {
+        for (int i = 0; i < 4; i++) {
+            if (i != 2) crew_kill(launched[handler], i, SIGTERM);
+        }
+    }
+    pause_for(0.1);    // the network may be slower than the launcher
+    for (int handler = 0; handler < 2; handler++) crew_kill(launched[handler], 2, SIGKILL);
+    for (int i = 0; i < 3; i++) crew_kill(busy, i, SIGKILL);
     for (int r = 0; r < 3; r++) {
         char part[400], log[640], path[600], what[64], host[256] = "";
         gethostname(host, sizeof host - 1);
-        crew_start(3, body_idle, NULL);
-        ranks_sleep(0.5 * SLOWER);
+        crew = idle[r];
         snprintf(part, sizeof part, "rank %d of 3 (host %s, pid %d) is gone: it was killed", r,
-                 host, (int)crew.pid[r]);
-        ranks_log_path(path, sizeof path, folder, r);
+                 host, (int)crew->pid[r]);
+        log_path(path, sizeof path, crew->directory, r);
         snprintf(log, sizeof log, "its log is %s;", path);
-        ranks_log_path(path, sizeof path, folder, r == 0 ? 1 : 0);
-        remove(path);
-        crew_kill(r, SIGKILL);
-        crew_wait(SOON);
         snprintf(what, sizeof what, "kill -9 of rank %d", r);
         expect_end(what, r, part, log);
         // Of the survivors of rank 0 only the one that spoke is sure to have written it down.
-        if (r) test_true("the log of rank 0 has it", file_holds(path, part));
+        if (r) crew->log_of = 0;
+        crew_kill(crew, r, SIGKILL);
     }
+    pause_for(1);
+    for (int handler = 0; handler < 2; handler++) {
+        for (int i = 0; i < 4; i++) crew_kill(launched[handler], i, SIGKILL);
+    }
+    crews_finish();
+    bool ok = messages(busy->err) == 1 && strstr(busy->err, "rank 0 of 8 (host ");
+    for (int i = 0; i < 8; i++) ok = ok && busy->status[i] == (i < 3 ? -SIGKILL : 1);
+    if (!test_true("kill -9 of ranks 0, 1 and 2", ok)) crew_show(busy);
+    for (int handler = 0; handler < 2; handler++) {
+        const Crew* c = launched[handler];
+        ok = messages(c->err) == 1 && strstr(c->err, "rank 2 of 4 (host ");
+        if (!test_true("the launcher's SIGTERM does not cut off the message", ok)) crew_show(c);
+    }
+
     // At any moment, of anybody.
-    double begun = ranks_now();
-    int named = 0;
+    enum { TRIALS = 20 };
+    int named = 0, victim[TRIALS];
     setenv("RANKS_TIMEOUT", "2", 1);
-    for (int trial = 0; trial < 20; trial++) {
+    for (int trial = 0; trial < TRIALS; trial++) {
         int n = 2 + trial % 4 * 2;
-        int r = trial % 5 == 0 ? 0 : (int)(test_uniform(7, (uint64_t)trial) * n);
-        char part[64], missing[64], what[80];
+        victim[trial] = trial % 5 == 0 ? 0 : (int)(test_uniform(7, (uint64_t)trial) * n);
         crew_start(n, trial % 2 ? body_busy : body_idle, NULL);
-        ranks_sleep(test_uniform(8, (uint64_t)trial) * (trial < 8 ? 0.02 : 0.4) * SLOWER);
-        double killed = ranks_now();
-        crew_kill(r, SIGKILL);
-        crew_wait(SOON);
-        snprintf(part, sizeof part, "rank %d of %d (host ", r, n);
-        snprintf(missing, sizeof missing, "did not come within 2 s: %d\n", r);
-        const char* seen = strstr(crew.err, part) ? part
-                           : strstr(crew.err, missing) ? missing
-                                                       : "no connection to rank 0";
-        named += seen == part;
-        snprintf(what, sizeof what, "trial %d: kill -9 of rank %d of %d", trial, r, n);
-        if (r) expect_end(what, r, seen == part ? part : missing, NULL);
-        else expect_end(what, r, seen, NULL);
-        test_check("seconds until all are gone", crew.ended - killed, SOON * SLOWER);
+        pause_for(test_uniform(8, (uint64_t)trial) * (trial < 8 ? 0.02 : 0.3) * SLOWER);
+        crew_kill(crew, victim[trial], SIGKILL);
     }
     unsetenv("RANKS_TIMEOUT");
-    test_true("some trials hit ranks that had met", named >= 8);
-    test_check("seconds of 20 trials", ranks_now() - begun, 60.0 * SLOWER);
-
-    crew_start(8, body_busy, NULL);
-    ranks_sleep(0.5 * SLOWER);
-    for (int i = 0; i < 3; i++) crew_kill(i, SIGKILL);
-    crew_wait(SOON);
-    bool ok = messages(crew.err) == 1 && strstr(crew.err, "rank 0 of 8 (host ");
-    for (int i = 0; i < 8; i++) ok = ok && crew.status[i] == (i < 3 ? -SIGKILL : 1);
-    if (!test_true("kill -9 of ranks 0, 1 and 2", ok)) crew_show();
-
-    // As mpirun does it: the others get SIGTERM at once, and SIGKILL a second later.
-    for (int handler = 0; handler < 2; handler++) {
-        crew_start(4, body_idle, handler ? "" : NULL);
-        ranks_sleep(0.5 * SLOWER);
-        crew_kill(2, SIGKILL);
-        for (int i = 0; i < 4; i++) crew_kill(i, SIGTERM);
-        ranks_sleep(1);
-        for (int i = 0; i < 4; i++) crew_kill(i, SIGKILL);
-        crew_wait(SOON);
-        ok = messages(crew.err) == 1 && strstr(crew.err, "rank 2 of 4 (host ");
-        if (!test_true("the launcher's SIGTERM does not cut off the message", ok)) crew_show();
+    crews_finish();
+    for (int trial = 0; trial < TRIALS; trial++) {
+        const Crew* c = &crews[trial];
+        char gone[64], missing[64], what[80];
+        int r = victim[trial];
+        snprintf(gone, sizeof gone, "rank %d of %d (host ", r, c->n);
+        snprintf(missing, sizeof missing, "did not come within 2 s: %d\n", r);
+        named += strstr(c->err, gone) != NULL;
+        ok = messages(c->err) == 1 && !strstr(c->err, "Sanitizer") &&
+             (strstr(c->err, gone) || strstr(c->err, r ? missing : "no connection to rank 0"));
+        for (int i = 0; i < c->n; i++) ok = ok && c->status[i] == (i == r ? -SIGKILL : 1);
+        snprintf(what, sizeof what, "trial %d: kill -9 of rank %d of %d", trial, r, c->n);
+        if (!test_true(what, ok)) crew_show(c);
+        test_check("seconds until all are gone", c->ended - c->killed, SOON * SLOWER);
     }
+    test_true("some trials hit ranks that had met", named >= 8);
 }
 
 // ---- namespaces: a small /dev/shm, several hosts ---------------------------------------------
@@ -955,27 +1049,27 @@ static int body_small_shm(const void* argument) {
 }
 
 static int body_check_shm(const void* argument) {
-    ranks_check_shm((const char*)argument, 1, (size_t)1 << 60);
+    launch_check_shm((const char*)argument, 1, (size_t)1 << 60);
     return 0;
 }
 
 static void test_shm(void) {
+    static const int LOCAL = 2;
     crew_start(1, body_check_shm, "/tmp");
-    crew_wait(SOON);
     expect_end("no file system has an exabyte free", -1, "/tmp has ",
-               "1 rank on this host wants 1099511627776.0 MiB");
-    ranks_check_shm("/tmp", 1, 1);
-    ranks_check_shm("/nowhere", 8, (size_t)1 << 60);
-    int local = 2;
-    crew_start(2, body_small_shm, &local);
-    crew_wait(SOON);
-    if (crew.status[0] == 5) {
+               "1 ranks on this host want 1099511627776.0 MiB");
+    launch_check_shm("/tmp", 1, 1);
+    launch_check_shm("/nowhere", 8, (size_t)1 << 60);
+    crew_start(2, body_small_shm, &LOCAL);
+    crews_finish();
+    if (crew->status[0] == 5) {
         test_skip("a /dev/shm of 6 MiB", "the rights to mount one are missing");
         return;
     }
     expect_end("a /dev/shm of 6 MiB", -1,
                "/dev/shm has 6.0 MiB free, but 2 ranks on this host want 16.0 MiB",
                "--shm-size=1g");
+    crew_judge(crew);
 }
 
 // Rank r is on node r % 2.
@@ -993,7 +1087,7 @@ static int body_hosts(const void* argument) {
             ranks.local_rank, ranks.local_world);
     if (t) ranks_compare(&ranks, t->differ >> rank & 1 ? t->other : t->base);
     if (!t && rank == 3) kill(getpid(), SIGKILL);
-    if (!t) ranks_sleep(20);
+    if (!t) net_sleep(20);
     ranks_stop(&ranks);
     return 0;
 }
@@ -1002,18 +1096,18 @@ static void test_hosts(void) {
     Texts same = { "", "a = 1\n", "a = 2\n", 0, NULL, NULL }, other = same;
     other.differ = 8;
     crew_start(5, body_hosts, &same);
-    crew_wait(SOON);
-    if (crew.status[0] == 5) {
+    crews_finish();
+    if (crew->status[0] == 5) {
         test_skip("several hosts", "the rights to name one are missing");
         return;
     }
     expect_silence("local ranks of two hosts", 0);
+    crew_judge(crew);
     crew_start(5, body_hosts, &other);
-    crew_wait(SOON);
     expect_end("the host that differs", -1, "rank 3 (host node2): a is 2, rank 0 has 1", NULL);
     crew_start(5, body_hosts, NULL);
-    crew_wait(SOON);
     expect_end("the host of the one that is gone", 3, "rank 3 of 5 (host node2, pid ", "on node2");
+    crews_finish();
 }
 
 // ---- mpirun --------------------------------------------------------------------------------
@@ -1023,6 +1117,7 @@ static void mpirun(int n, const char* body, const char* number) {
     char np[16];
     snprintf(np, sizeof np, "%d", n);
     crew_new(1);
+    crew->limit = 40;
     if (!crew_fork(0)) return;
     forget_launchers();
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
@@ -1037,10 +1132,10 @@ static void mpirun(int n, const char* body, const char* number) {
 static int body_mpi_kill(const void* argument) {
     start();
     int victim = atoi((const char*)argument);
-    ranks_watch(&ranks, folder[0] ? folder : "/nowhere", NULL);
+    ranks_watch(&ranks, "/nowhere", NULL);
     ranks_barrier(&ranks);
     if (ranks.rank == victim) {
-        ranks_sleep(0.2);
+        net_sleep(0.2);
         kill(getpid(), SIGKILL);
     }
     int x = 1, y;
@@ -1054,7 +1149,7 @@ static int body_mpi_idle(const void* argument) {
     fprintf(file, "%d\n", (int)getpid());
     fclose(file);
     ranks_barrier(&ranks);
-    for (;;) ranks_sleep(1);
+    for (;;) net_sleep(1);
     return 0;
 }
 
@@ -1065,7 +1160,7 @@ static int as_rank(const char* body, const char* argument) {
     if (strcmp(body, "die") == 0) {
         start();
         if (ranks.rank == atoi(argument) || atoi(argument) < 0) die("no such data");
-        ranks_sleep(20);
+        net_sleep(20);
     }
     return 1;
 }
@@ -1076,55 +1171,57 @@ static void test_mpirun(void) {
     return;
 #endif
     mpirun(2, "messages", "0");
-    crew_wait(30);
-    if (crew.status[0] == 77) {
+    crews_finish();
+    if (crew->status[0] == 77) {
         test_skip("mpirun", "there is none");
         return;
     }
     expect_silence("2 ranks by MPI", 0);
-    mpirun(8, "messages", "0");
-    crew_wait(60);
-    expect_silence("8 ranks by MPI", 0);
-    for (int r = 0; r < 3; r++) {
-        char part[64], number[8];
-        snprintf(number, sizeof number, "%d", r);
-        snprintf(part, sizeof part, "rank %d of 3 (host ", r);
-        mpirun(3, "kill", number);
-        crew_wait(15);
-        bool ok = crew.status[0] > 0 && crew.status[0] < 1000 && messages(crew.err) == 1 &&
-                  strstr(crew.err, part);
-        if (!test_true("kill -9 under mpirun", ok)) crew_show();
-        snprintf(part, sizeof part, "rank %d: no such data", r);
-        mpirun(3, "die", number);
-        crew_wait(15);
-        ok = crew.status[0] == 1 && messages(crew.err) == 1 && strstr(crew.err, part);
-        if (!test_true("die() under mpirun", ok)) crew_show();
-    }
-    mpirun(4, "die", "-1");
-    crew_wait(15);
-    bool ok = crew.status[0] == 1 && messages(crew.err) == 1 && strstr(crew.err, "no such data");
-    if (!test_true("die() on all ranks under mpirun", ok)) crew_show();
-
+    crew_judge(crew);
     // Whoever kills mpirun itself leaves no orphan.
     const char* list = path_of("pids");
     mpirun(3, "idle", list);
+    Crew* launcher = crew;
     int pids[3], n = 0;
     for (int i = 0; i < 200 && n < 3; i++) {
-        ranks_sleep(0.05);
+        pause_for(0.05);
         FILE* file = fopen(list, "r");
         for (n = 0; file && n < 3 && fscanf(file, "%d", &pids[n]) == 1;) n++;
         if (file) fclose(file);
     }
     test_true("three ranks have started", n == 3);
-    ranks_sleep(0.3);
-    crew_kill(0, SIGKILL);
-    crew_wait(5);
-    int left = n;
-    for (int i = 0; i < 100 && left; i++) {
-        ranks_sleep(0.05);
-        left = 0;
-        for (int k = 0; k < n; k++) left += kill(pids[k], 0) == 0;
+    pause_for(0.3);
+    crew_kill(launcher, 0, SIGKILL);
+    Crew *killed[3], *died[4];
+    for (int r = 0; r < 3; r++) {
+        char number[8];
+        snprintf(number, sizeof number, "%d", r);
+        mpirun(3, "kill", number);
+        killed[r] = crew;
+        mpirun(3, "die", number);
+        died[r] = crew;
     }
+    mpirun(4, "die", "-1");
+    died[3] = crew;
+    mpirun(8, "messages", "0");
+    expect_silence("8 ranks by MPI", 0);
+    crews_finish();
+    for (int r = 0; r < 4; r++) {
+        char part[64];
+        snprintf(part, sizeof part, r < 3 ? "rank %d: no such data" : "no such data", r);
+        bool ok = died[r]->status[0] == 1 && messages(died[r]->err) == 1 &&
+                  strstr(died[r]->err, part);
+        if (!test_true(r < 3 ? "die() under mpirun" : "die() on all ranks under mpirun", ok))
+            crew_show(died[r]);
+        if (r == 3) break;
+        snprintf(part, sizeof part, "rank %d of 3 (host ", r);
+        int status = killed[r]->status[0];
+        ok = status > 0 && status < 1000 && messages(killed[r]->err) == 1 &&
+             strstr(killed[r]->err, part);
+        if (!test_true("kill -9 under mpirun", ok)) crew_show(killed[r]);
+    }
+    int left = 0;
+    for (int k = 0; k < n; k++) left += kill(pids[k], 0) == 0;
     test_true("no orphan after kill -9 of mpirun", n == 3 && left == 0);
 }
 
@@ -1145,14 +1242,19 @@ int main(int argc, char** argv) {
     REQUIRE(mkdtemp(folder), "%s: cannot be made: %s", folder, strerror(errno));
     forget_launchers();
     test_init(argc, argv);
-    if (test_group("ids")) test_ids();
-    if (test_group("messages")) test_messages();
-    if (test_group("variables")) test_variables();
-    if (test_group("launchers")) test_launchers();
-    if (test_group("strangers")) test_strangers();
+    if (test_group("ids, messages")) {
+        test_ids();
+        test_messages();
+    }
+    if (test_group("launchers")) {
+        test_variables();
+        test_launchers();
+    }
     if (test_group("coming together")) test_coming();
-    if (test_group("compare")) test_compare_settings();
-    if (test_group("ends")) test_ends();
+    if (test_group("compare, ends")) {
+        test_compare_settings();
+        test_ends();
+    }
     if (test_group("kill")) test_kill();
     if (test_group("shm")) test_shm();
     if (test_group("hosts")) test_hosts();

@@ -1349,7 +1349,7 @@ static void write_log(void* out) {
     static Log log;
     parse_words(&s, "--recipe unet --steps 3 --seed 42");
     snprintf(s.out, sizeof s.out, "%s", (const char*)out);
-    log_open(&log, &s, 0);
+    log_open(&log, &s, 0, 1);
     LogStep one = { 1, 10.5, 0.25, 1, 0.85f, 2.5, 64 }, two = { 2, NAN, 0.5, 0.5f, 0.9f, NAN, 128 };
     static const int TOKENS[] = { 256, 'o', '"', 0xff };
     log_val(&log, 0, 10.8258, 0);
@@ -1367,7 +1367,7 @@ static void write_log_missed(void* out) {
     static Log log;
     settings_defaults(&s);
     snprintf(s.out, sizeof s.out, "%s", (const char*)out);
-    log_open(&log, &s, 0);
+    log_open(&log, &s, 0, 1);
     log_result(&log, *s.out == 'x' ? 1 : NAN, 0.5, 128);
     log_close(&log);
 }

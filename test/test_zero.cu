@@ -277,7 +277,6 @@ static double distance(const Run* a, const Run* b) {
 // bf16 on the wire: a gradient is off by (N+1) 2^-9 of itself (rounded once to be sent, and at every
 // hop), so the descent of a step is, to first order, off by that part of itself, and the loss after k
 // steps by that part of what has been descended so far. The rest is for the rounding of a loss itself.
-// Tables that live in bf16 round every update, so the same holds for them in any build.
 static void test_training(const char* recipe, const char* title, const char* const* flags) {
     int world = ranks.world;
     char name[128];
@@ -287,7 +286,7 @@ static void test_training(const char* recipe, const char* title, const char* con
     ranks_broadcast(&ranks, one.loss, sizeof one.loss);
     ranks_broadcast(&ranks, one.norm, sizeof one.norm);
     ranks_broadcast(&ranks, one.value, one.n * sizeof(float));
-    bool exact = !FLOATX_IS_BF16 && !make_settings(recipe, SMALL, flags)->bf16_tables;
+    bool exact = !FLOATX_IS_BF16;
     double worst = 0, descent = 0, lowest = one.loss[0];
     for (int step = 0; step < STEPS; step++) {
         if (one.loss[step] < lowest) lowest = one.loss[step];
@@ -428,14 +427,16 @@ int main(int argc, char** argv) {
     }
     static const char* const REPLICATED[] = {"--zero", "0", NULL};
     static const char* const WIDE[] = {"--grad-reduce", "fp32", NULL};
+    // In fp32 the promise is 1e-5, which tables that are rounded to bf16 in every step cannot keep.
     static const char* const TABLES[] = {"--bf16-tables", "0", NULL};
     static const char* const ADAMW[] = {"--optimizer", "adamw", NULL};
     if (test_group("modern")) test_training("modern", "", NULL);
-    if (test_group("unet")) test_training("unet", "", NULL);
-    if (FLOATX_IS_BF16) {
+    if (test_group("unet")) test_training("unet", "", FLOATX_IS_BF16 ? NULL : TABLES);
+    if (ranks.world == 1) {
+        test_group_end();      // the rest would compare one rank with itself
+    } else if (FLOATX_IS_BF16) {
         if (test_group("fp32 wire")) test_training("modern", " fp32 wire", WIDE);
     } else {
-        if (test_group("fp32 tables")) test_training("unet", " fp32 tables", TABLES);
         if (test_group("zero 0")) test_training("modern", " --zero 0", REPLICATED);
         if (test_group("adamw")) test_training("modern", " adamw", ADAMW);
     }
