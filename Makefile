@@ -44,7 +44,7 @@ HOST_OBJ  := $(patsubst llmc/%.cpp,$(O)/%.o,$(wildcard llmc/host/*.cpp))
 comma     := ,
 empty     :=
 
-.PHONY: all test test-orders test-124m test-nvcc mutations coverage bench help clean FORCE
+.PHONY: all alone test test-orders test-124m test-nvcc mutations coverage bench help clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 all: train_gpt2_cpu
@@ -143,7 +143,7 @@ else
 RUNS   += $(O)/test_ranks $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(if $(filter thread,$(SAN)),$(comma)modern))
 endif
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace)
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone)
 RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))
@@ -152,6 +152,8 @@ ORDERS    := HOST_SCHED=reverse HOST_SCHED=breadth HOST_SCHED=7 HOST_STREAMS=laz
 
 test: $(RUN_FILES) $(TOOLS)     ## the tests of one build; scripts/test.sh runs them in every build
 	RUN_UNDER="$(STILL)" test/run.sh $(RUNS)
+alone:                   # built with NCCL=0, for test/ranks.sh
+	@$(MAKE) --no-print-directory NCCL=0 PRECISION=$(HOST_PREC) build/$(HOST_PREC)-alone/train_gpt2_cpu
 test-orders: $(O)/test_kernels $(O)/test_model     ## the kernels and the model with threads, blocks and streams in other orders
 	test/run.sh $(foreach order,$(ORDERS),$(foreach run,$(O)/test_kernels $(O)/test_model,env,$(order),$(run)))
 test-124m: $(TOOLS)      ## three steps at the full size on the CPU: loss, memory, time (takes 2.7 GiB)

@@ -24,7 +24,6 @@ F = 4C, V columns of the vocabulary (V8: filled up to a multiple of 8), L layers
 How to run:  ./train_gpt2 --help
 */
 #include <math.h>
-#include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
 #include "llmc/common.h"
@@ -121,13 +120,15 @@ static const ParamRow PARAM_TABLE[PARAMS] = {
 typedef struct Bank {
     Kind kind;
     int bf16;               // the recipe keeps value and optimizer state in bf16
+    int has_master;         // on its owner: an fp32 value behind the bf16 one
     int slots, copies;      // tensors per layer (or 1), tensors in all
     int rows, cols;         // shape in memory of each
     size_t stride, n;       // elements from one tensor to the next (a multiple of 8), and in all
     floatX* p;              // what forward and backward read
     float* g;               // gradient; between steps the fp32 values may pass through it
     // Of the units that this rank owns, one after another:
-    float* master;          // fp32 value behind p; NULL in the fp32 build and for bf16 tables
+    float* master;          // fp32 value behind p; NULL in the fp32 build and for bf16 tables,
+                            // and where this rank owns none
     float *m, *v;           // first moment (Muon: momentum), second moment (AdamW only)
     size_t owned;           // elements of each
     ZeroBank zero;          // who owns what
@@ -369,8 +370,8 @@ static void banks_build(Model* m) {
         bank->g = (float*)device_alloc(m, "gradients", bank->n * sizeof(float));
         bank->m = (float*)device_alloc(m, adam ? "Adam m" : "Muon momentum", state);
         if (adam) bank->v = (float*)device_alloc(m, "Adam v", state);
-        if (FLOATX_IS_BF16 && !(bank->bf16 && bank->kind == TABLE))
-            bank->master = (float*)device_alloc(m, "master weights", state);
+        bank->has_master = FLOATX_IS_BF16 && !(bank->bf16 && bank->kind == TABLE);
+        if (bank->has_master) bank->master = (float*)device_alloc(m, "master weights", state);
     }
 }
 
@@ -441,7 +442,7 @@ static void weights_collect(Model* m) {
         Bank* bank = &m->banks[b];
         ZeroBank* zero = &bank->zero;
         if (bank->n == 0) continue;
-        if (!bank->master) {      // then p is the value, on every rank
+        if (!bank->has_master) {      // then p is the value, on every rank
             for (int k = 0; k < zero->bucket_count; k++)
                 zero_wait_gathered(&m->zero, zero, zero->buckets[k].first, m->stream);
             cast_to_float(bank->g, bank->p, bank->n, m->stream);
@@ -528,8 +529,9 @@ static void model_build(Model* m, const Settings* cfg, int rank, int world) {
     device_count(m, "matmul workspace", MATMUL_WORKSPACE_BYTES);
     device_count(m, "scratch", embedding_index_bytes(m->B * m->T, m->C));
 
+    // A file is written by rank 0 and read by all.
     size_t tensor = 0;
-    for (int b = 0; b < BANKS; b++) {
+    for (int b = 0; b < BANKS && (rank == 0 || cfg->load[0]); b++) {
         size_t elements = (size_t)m->banks[b].rows * m->banks[b].cols;
         if (elements > tensor) tensor = elements;
     }
@@ -1424,8 +1426,8 @@ int main(int argc, char** argv) {
         sample(&model, &log, 0, (int)cfg.sample_tokens);
     } else {
         if (rank == 0) loader_describe(stdout, &data);
-        signal(SIGINT, on_interrupt);
-        signal(SIGTERM, on_interrupt);
+        on_signal(SIGINT, on_interrupt);
+        on_signal(SIGTERM, on_interrupt);
         train(&model, &data, &val, &log);
         loader_close(&data);
         val_close(&val);

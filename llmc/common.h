@@ -19,6 +19,7 @@ test        test/test_services.c: common
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,6 +69,16 @@ static inline void die(const char* fmt, ...) {
     do { \
         if (!(condition)) die(__VA_ARGS__); \
     } while (0)
+
+// Handlers run on the alternate stack where there is one: in the CPU build a signal may come while a
+// library keeps the stack pointer in memory of its own.
+static inline void on_signal(int number, void (*handler)(int)) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = handler;
+    action.sa_flags = SA_RESTART | SA_ONSTACK;
+    sigaction(number, &action, NULL);
+}
 
 // ---- arithmetic, memory, text --------------------------------------------------------------
 

@@ -265,7 +265,7 @@ static inline void ranks_start_thread(Ranks* r) {
     // Until the program has a handler of its own: the launcher's SIGTERM must not be faster than
     // the message about the rank it is sent for.
     if (sigaction(SIGTERM, NULL, &old) == 0 && old.sa_handler == SIG_DFL)
-        signal(SIGTERM, ranks_on_sigterm);
+        on_signal(SIGTERM, ranks_on_sigterm);
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
     int error = pthread_create(&r->thread, NULL, ranks_thread, r);

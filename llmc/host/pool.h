@@ -10,6 +10,7 @@ Sanitizer builds have one, so that __shared__ arrays can be plain statics, which
 */
 #pragma once
 #include <pthread.h>
+#include <signal.h>
 #include <sched.h>
 #include <cstdlib>
 #include "engine.h"
@@ -91,12 +92,15 @@ int host_threads(void) {
     return pool.wanted;
 }
 
-// Runs work() on the caller and, if shared, on the workers that come in time.
-static void pool_run(void (*work)(void), bool shared) {
-    if (!shared || host_threads() == 1) {
-        work();
-        return;
-    }
+static void pool_grow(void) {
+    // Ctrl-C and the like are for the thread that started the program: it has a stack for handlers.
+    sigset_t others, before;
+    sigfillset(&others);
+    sigdelset(&others, SIGSEGV);
+    sigdelset(&others, SIGBUS);
+    sigdelset(&others, SIGFPE);
+    sigdelset(&others, SIGILL);
+    pthread_sigmask(SIG_BLOCK, &others, &before);
     for (; pool.threads < pool.wanted; pool.threads++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, pool_main, (void*)(intptr_t)pool.threads)) {
@@ -105,6 +109,16 @@ static void pool_run(void (*work)(void), bool shared) {
         }
         pthread_detach(thread);
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+// Runs work() on the caller and, if shared, on the workers that come in time.
+static void pool_run(void (*work)(void), bool shared) {
+    if (!shared || host_threads() == 1) {
+        work();
+        return;
+    }
+    if (pool.threads < pool.wanted) pool_grow();
     pthread_mutex_lock(&pool.mutex);
     pool.work = work;
     pool.cpu = sched_getcpu();
