@@ -127,7 +127,7 @@ ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address bf16undefined),)
 RUNS   += $(O)/test_services
 endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
-RUNS   += $(O)/test_oracle
+RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server
 endif
 # Under mpirun: np=N:PROGRAM is N ranks of it. 3 divides no bucket of eight layers, 8 divides them all.
 ifneq ($(NCCL),0)
@@ -140,10 +140,10 @@ RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace test/faults.sh,$(O)
 else ifeq ($(HOST_PREC)$(SAN),bf16)
 RUNS   += $(call ranks,2 8,test_zero) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
 else
-RUNS   += $(O)/test_ranks $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(if $(filter thread,$(SAN)),$(comma)modern))
+RUNS   += $(if $(filter undefined,$(SAN)),,$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)modern)
 endif
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone)
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone) $(if $(filter test/download.sh%,$(RUNS)),$(O)/http_server)
 RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))

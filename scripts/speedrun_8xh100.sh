@@ -123,8 +123,7 @@ train=$(count "$data"/*_train_*.bin) val=$(count "$data"/*_val_*.bin)
 if [ -z "$cpu" ] && [ "${value[--steps]:-$steps}" -ge "$steps" ]; then wanted=$shards; else wanted=1; fi
 if [ "$train" -lt "$wanted" ] || [ "$val" -lt 1 ]; then
     stop "$data has $train training and $val validation shards; $recipe reads $wanted and 1 (200 MB each). FineWeb in GPT-2 tokens:" \
-        "mkdir -p $data && for i in val_000000 \$(seq -f train_%06g 1 $wanted); do curl -fL -o $data/fineweb_\$i.bin \\" \
-        "    https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_\$i.bin || break; done" \
+        "scripts/download_fineweb.sh $wanted $data" \
         "or another folder: --data DIR; or a shorter run: -- --steps 100"
 fi
 mkdir -p "$out"

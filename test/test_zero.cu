@@ -22,7 +22,7 @@ static Model model;
 
 // ---- settings --------------------------------------------------------------------------------
 
-static const char* const SMALL[] = {"--layers", "8", "--heads", "2", "--channels", "64", "--vocab",
+static const char* const SMALL[] = {"--layers", "8", "--heads", "1", "--channels", "64", "--vocab",
                                     "320", "--seq-len", "16", "--micro-batch", "1",
                                     "--batch-tokens", "384", "--steps", "20", NULL};
 
