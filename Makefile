@@ -94,6 +94,12 @@ $(O)/%: dev/%.cu $(HOST_OBJ) $(HOST_LINK)
 	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
 $(O)/test_ranks: test/test_ranks.c $(HOST_LINK)
 	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread $(MPI_LIBS) -o $@
+$(O)/test_tokenizer: test/test_tokenizer.c
+	@mkdir -p $(@D)
+	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
+$(O)/tokenize: dev/tokenize.c
+	@mkdir -p $(@D)
+	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
 $(O)/%: test/%.c
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -o $@
@@ -124,7 +130,7 @@ else
 RUNS   += $(O)/test_model $(O)/test_golden,$(call list,$(GOLDEN)) test/cli.sh,$(O)/train_gpt2_cpu
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address bf16undefined),)
-RUNS   += $(O)/test_services
+RUNS   += $(O)/test_services $(O)/test_tokenizer
 endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server

@@ -44,6 +44,7 @@ need_build_tools() {
     command -v g++ > /dev/null || missing+=(g++)
     command -v make > /dev/null || missing+=(make)
     has_dnnl || missing+=(libdnnl-dev)
+    [ -e /usr/include/zlib.h ] || missing+=(zlib1g-dev)      # tokenize reads .gz
     if [ -z "${MPI_HOME:-}" ] && [ "${NCCL:-1}" != 0 ]; then
         has_mpi || missing+=(libopenmpi-dev)
         command -v mpirun > /dev/null || missing+=(openmpi-bin)

@@ -4,4 +4,5 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/install.sh
 need_build_tools
+command -v curl > /dev/null || install curl || exit 1      # test/download.sh
 exec test/run_all.sh
