@@ -44,7 +44,7 @@ HOST_OBJ  := $(patsubst llmc/%.cpp,$(O)/%.o,$(wildcard llmc/host/*.cpp))
 comma     := ,
 empty     :=
 
-.PHONY: all alone test test-orders test-124m test-nvcc mutations coverage bench help clean FORCE
+.PHONY: all alone test test-orders test-124m test-nvcc mutations coverage bench fuzz help clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 all: train_gpt2_cpu
@@ -102,10 +102,10 @@ $(O)/tokenize: dev/tokenize.c
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
 $(O)/%: test/%.c
 	@mkdir -p $(@D)
-	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -o $@
+	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread -o $@
 $(O)/%: dev/%.c
 	@mkdir -p $(@D)
-	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -o $@
+	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread -o $@
 build/%: $(O)/%
 	@cmp -s $< $@ || cp $< $@
 # The commit's name goes into the log: relink when it changes, and only then.
@@ -131,6 +131,9 @@ RUNS   += $(O)/test_model $(O)/test_golden,$(call list,$(GOLDEN)) test/cli.sh,$(
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address bf16undefined),)
 RUNS   += $(O)/test_services $(O)/test_tokenizer
+endif
+ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread bf16undefined),)
+RUNS   += $(O)/test_loader
 endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server
@@ -166,6 +169,8 @@ test-124m: $(TOOLS)      ## three steps at the full size on the CPU: loss, memor
 	test/full_size.sh $(O)/train_gpt2_cpu
 test-nvcc:               ## compiles and links for three GPU architectures, compares dev/kernels.txt
 	test/nvcc.sh
+fuzz: $(O)/test_loader   ## a minute of mutated token shards; best with SAN=address EXTRA=-fsanitize=undefined
+	$(STILL) $< fuzz 60
 mutations:               ## breaks the kernels one way after another and expects red tests (minutes)
 	test/mutate.sh
 bench: $(O)/bench        ## ns per element and GFLOP/s of each kernel, time of the 124M step by kernel

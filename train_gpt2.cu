@@ -65,6 +65,11 @@ static void (*probe)(const char* name, int layer, const floatX* tensor, int rows
 // The words of the flags are the enums of the kernels.
 static_assert((int)FLAG_SOFTCAP_NONE == SOFTCAP_NONE && (int)FLAG_SOFTCAP_TANH == SOFTCAP_TANH &&
               (int)FLAG_SOFTCAP_SIGMOID == SOFTCAP_SIGMOID, "--softcap and SoftcapKind differ");
+static_assert((int)FLAG_BATCHING_STREAM == BATCHING_STREAM &&
+              (int)FLAG_BATCHING_STRIDED == BATCHING_STRIDED &&
+              (int)FLAG_BATCHING_CONTIGUOUS == BATCHING_CONTIGUOUS &&
+              (int)FLAG_BATCHING_START_ALIGNED == BATCHING_START_ALIGNED &&
+              (int)FLAG_BATCHING_DOCUMENTS == BATCHING_DOCUMENTS, "--batching and Batching differ");
 static_assert((int)FLAG_MUON_SCALE_MAX_DIM == MUON_SCALE_MAX_DIM &&
                   (int)FLAG_MUON_FORM_LERP == MUON_FORM_LERP,
               "--muon-scale or --muon-form and the enums of muon.cuh differ");
@@ -933,26 +938,26 @@ static void measure_gradients(Model* m) {
 
 // ---- a batch, a step, an evaluation -------------------------------------------------------------
 
-// Sends m->tokens_host and m->targets_host to the device. The stream owns them until batch_wait.
-static void batch_upload(Model* m, int N) {
-    CUDA_CHECK(cudaMemcpyAsync(m->tokens, m->tokens_host, N * sizeof(int), cudaMemcpyHostToDevice,
+// Sends a batch in pinned memory to the device. The stream owns it until batch_wait.
+static void batch_upload(Model* m, const int* tokens, const int* targets, int N) {
+    CUDA_CHECK(cudaMemcpyAsync(m->tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
-    CUDA_CHECK(cudaMemcpyAsync(m->targets, m->targets_host, N * sizeof(int), cudaMemcpyHostToDevice,
+    CUDA_CHECK(cudaMemcpyAsync(m->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
     CUDA_CHECK(cudaEventRecord(m->uploaded, m->stream));
 }
 static void batch_wait(Model* m) { CUDA_CHECK(cudaEventSynchronize(m->uploaded)); }
 
-// Gradients and loss of one micro-batch that lies in m->tokens_host. grad_scale is 1 / tokens of
-// the optimizer step over all micro-steps and ranks: so the sum of the gradients is the true global
-// mean.
-static void micro_step(Model* m, int micro, float grad_scale) {
+// Gradients and loss of one micro-batch in pinned memory. grad_scale is 1 / tokens of the optimizer
+// step over all micro-steps and ranks: so the sum of the gradients is the true global mean.
+static void micro_step(Model* m, const int* tokens, const int* targets, int micro,
+                       float grad_scale) {
     int N = m->B * m->T;
     bool first = micro == 0;
     if (first) zero_gradients(m);
-    embedding_index_build(&m->index, m->tokens_host, N, m->V);
+    embedding_index_build(&m->index, tokens, N, m->V);
     embedding_index_upload(&m->index, m->stream);
-    batch_upload(m, N);
+    batch_upload(m, tokens, targets, N);
     forward(m, m->B, m->T);
     classify(m, m->stats + STATS + micro, N, true, grad_scale, first);
     backward(m, m->B, m->T, first, micro == m->micro_steps - 1);
@@ -989,7 +994,7 @@ static double evaluate(Model* m, ValLoader* val) {
     for (int64_t k = 0; k < val->batches; k++) {
         batch_wait(m);
         val_batch(val, k, m->tokens_host, m->targets_host);
-        batch_upload(m, N);
+        batch_upload(m, m->tokens_host, m->targets_host, N);
         forward(m, m->B, m->T);
         classify(m, m->stats + STAT_LOSS, N, false, 0.0f, false);
         CUDA_CHECK(cudaMemcpyAsync(m->stats_host + STAT_LOSS, m->stats + STAT_LOSS, sizeof(float),
@@ -1152,6 +1157,12 @@ static float softcap_host(SoftcapKind kind, float c, float z) {
     return z;
 }
 
+// The token that opens a document.
+static int end_of_text(const Settings* cfg) {
+    if (cfg->end_of_text >= 0) return (int)cfg->end_of_text;
+    return cfg->vocab > GPT2_END ? (int)GPT2_END : (int)BYTE_END;
+}
+
 // Continues from the end-of-text token. Each token costs a forward pass over T of them: what lies
 // behind the last known one is padding, which a causal model does not see.
 static void sample(Model* m, Log* log, int64_t step, int count) {
@@ -1160,13 +1171,13 @@ static void sample(Model* m, Log* log, int64_t step, int count) {
     int* text = (int*)host_alloc((size_t)count + 1, sizeof(int));
     float* z = (float*)host_alloc(V, sizeof(float));
     floatX* logits = (floatX*)host_alloc(V, sizeof(floatX));
-    text[0] = V > GPT2_END ? GPT2_END : V > BYTE_END ? BYTE_END : 0;
+    text[0] = end_of_text(cfg) < V ? end_of_text(cfg) : 0;
     for (int length = 1; length <= count; length++) {
         int known = length < T ? length : T;
         batch_wait(m);
         memset(m->tokens_host, 0, T * sizeof(int));
         memcpy(m->tokens_host, text + length - known, known * sizeof(int));
-        batch_upload(m, T);
+        batch_upload(m, m->tokens_host, m->targets_host, T);
         forward(m, 1, T);
         matmul_nt(m->acts.logits[0], m->acts.lnf[0] + (size_t)(known - 1) * C,
                   weight(m, head_id(m), 0), 1, loss_stride(V), C, &m->matmul, m->stream);
@@ -1288,12 +1299,17 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     const Settings* cfg = m->cfg;
     float grad_scale = 1.0f / (float)cfg->batch_tokens;
     double val_loss = NAN, last_loss = NAN;
-    int64_t epoch = data->epoch;
+    int64_t epoch = data->position.epoch;
     Clock clock = {};
     int64_t step = 0;
     bool stop = false;      // agreed on by all ranks: they leave after the same step
     for (;; step++) {
-        bool last = step == cfg->steps || stop;
+        bool over = step < cfg->steps && !stop && loader_over(data);
+        if (over)
+            log_note(log, "the data of --epochs %" PRId64 " ends after step %" PRId64 " of %" PRId64
+                     ": --epochs 0 repeats it as often as the steps need", cfg->epochs, step,
+                     cfg->steps);
+        bool last = step == cfg->steps || stop || over;
         if (last) save_step(m, step, "");      // first: a second Ctrl-C must not cost the weights
         if (last || step % cfg->val_every == 0) {
             val_loss = evaluate(m, val);
@@ -1314,8 +1330,8 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
         Schedule now = schedule_at(cfg, step);
         for (int micro = 0; micro < m->micro_steps; micro++) {
             batch_wait(m);
-            loader_next(data, m->tokens_host, m->targets_host);
-            micro_step(m, micro, grad_scale);
+            const Batch* batch = loader_next(data);
+            micro_step(m, batch->inputs, batch->targets, micro, grad_scale);
         }
         StepStats stats = step_stats(m, interrupted);
         stop = stats.stop;
@@ -1331,10 +1347,10 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
         if (stop || step + 1 == cfg->steps) CUDA_CHECK(cudaStreamSynchronize(m->stream));
         double train_s = clock_stop(&clock);
         last_loss = stats.loss;
-        if (data->epoch != epoch)
+        if (data->position.epoch != epoch)
             log_note(log, "step %" PRId64 ": epoch %" PRId64 " of the data begins", step + 1,
-                     data->epoch + 1);
-        epoch = data->epoch;
+                     data->position.epoch + 1);
+        epoch = data->position.epoch;
         LogStep line = {step + 1,
                         stats.loss,
                         train_s,
@@ -1346,6 +1362,8 @@ static double train(Model* m, Loader* data, ValLoader* val, Log* log) {
     }
     if (cfg->sample_tokens && m->zero.rank == 0) sample(m, log, step, (int)cfg->sample_tokens);
     note_memory(m, log);
+    log_note(log, "data: waited %.3f s for batches, of %.1f s of training", data->waited,
+             clock_seconds(&clock));
     log_result(log, val_loss, clock_seconds(&clock), step * cfg->batch_tokens);
     return val_loss;
 }
@@ -1376,6 +1394,24 @@ static void compare_data(Ranks* ranks, const Shards* train, const Shards* val) {
     ranks_compare(ranks, text);
 }
 
+static LoaderSpec loader_spec(const Settings* cfg, int rank, int world) {
+    LoaderSpec spec = {};
+    spec.pattern = cfg->train;
+    spec.batching = (Batching)cfg->batching;
+    spec.rows = (int)(cfg->batch_tokens / cfg->seq_len);
+    spec.B = (int)cfg->micro_batch;
+    spec.T = (int)cfg->seq_len;
+    spec.rank = rank;
+    spec.world = world;
+    spec.vocab = (int)cfg->vocab;
+    spec.data_ranks = (int)cfg->data_ranks;
+    spec.max_document = (int)cfg->max_document;
+    spec.end_of_text = end_of_text(cfg);
+    spec.steps = cfg->steps;
+    spec.epochs = cfg->epochs;
+    return spec;
+}
+
 int main(int argc, char** argv) {
     static Settings cfg;
     static Ranks ranks;
@@ -1399,12 +1435,14 @@ int main(int argc, char** argv) {
         ranks_watch(&ranks, cfg.out, model_failed);
         zero_choose_device(&ranks);
     }
-    Loader data;
+    static Loader data;
     ValLoader val;
+    int* batches = NULL;    // the loader's slots, pinned
     if (!cfg.dry_run && !sample_only) {  // what is wrong with the data shows before the long part
-        loader_open(&data, cfg.train, (int)(cfg.batch_tokens / cfg.seq_len), (int)cfg.micro_batch,
-                    (int)cfg.seq_len, rank, world, (int)cfg.vocab, cfg.batching,
-                    (int)cfg.data_ranks);
+        LoaderSpec spec = loader_spec(&cfg, rank, world);
+        CUDA_CHECK(cudaMallocHost((void**)&batches,
+                                  loader_memory(spec.B, spec.T) * sizeof(int)));
+        loader_open(&data, &spec, batches);
         val_open(&val, cfg.val, cfg.val_tokens, (int)cfg.micro_batch, (int)cfg.seq_len, rank, world,
                  (int)cfg.vocab);
         compare_data(&ranks, &data.shards, &val.shards);
@@ -1431,6 +1469,7 @@ int main(int argc, char** argv) {
         train(&model, &data, &val, &log);
         loader_close(&data);
         val_close(&val);
+        CUDA_CHECK(cudaFreeHost(batches));
     }
     trace_close();
     log_close(&log);

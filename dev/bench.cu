@@ -455,7 +455,7 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
         bench_tokens(model.targets_host, N, model.V, 2 * step + 1);
         profile_start();
         double begin = clock_now();
-        micro_step(&model, 0, 1.0f / (float)N);
+        micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / (float)N);
         StepStats stats = step_stats(&model, false);
         REQUIRE(stats.finite, "the loss of step %d is not finite", step + 1);
         update(&model, step + 1, now);

@@ -25,7 +25,10 @@ test        test/test_services.c: flags
 
 // W(constant, word): the enum and the words the parser knows come from the same list.
 #define OPTIMIZER_WORDS(W)  W(FLAG_OPTIMIZER_MUON, "muon") W(FLAG_OPTIMIZER_ADAMW, "adamw")
-#define BATCHING_WORDS(W)   W(FLAG_BATCHING_STREAM, "stream") W(FLAG_BATCHING_STRIDED, "strided")
+#define BATCHING_WORDS(W) \
+    W(FLAG_BATCHING_STREAM, "stream") W(FLAG_BATCHING_STRIDED, "strided") \
+    W(FLAG_BATCHING_CONTIGUOUS, "contiguous") \
+    W(FLAG_BATCHING_START_ALIGNED, "start-aligned") W(FLAG_BATCHING_DOCUMENTS, "documents")
 #define GRAD_REDUCE_WORDS(W) W(FLAG_GRAD_REDUCE_WEIGHTS, "weights") W(FLAG_GRAD_REDUCE_FP32, "fp32")
 #define HEAD_WORDS(W)       W(FLAG_HEAD_TIED, "tied") W(FLAG_HEAD_UNTIED, "untied")
 #define INIT_EMBED_WORDS(W) W(FLAG_INIT_UNIFORM, "uniform") W(FLAG_INIT_NORMAL, "normal")
@@ -88,9 +91,14 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(TEXT, train, "", 0, 0, "", "token shards to train on: a file or a quoted pattern") \
     F(TEXT, val, "", 0, 0, "", "token shards of the validation loss") \
     F(CHOICE, batching, FLAG_BATCHING_STREAM, BATCHING_WORDS, 0, "", \
-      "stream: across shard borders; strided: the records' order per rank") \
+      "stream: all tokens in order; the others: as the records drew (llmc/dataloader.h)") \
     F(INT, data_ranks, 8, 1, 65536, "ranks", \
       "strided: ranks of the run whose order is followed, on any number of ranks") \
+    F(INT, max_document, 2048, 1, 1e6, "tokens", "documents: what is longer is cut") \
+    F(INT, end_of_text, -1, -1, 65535, "", \
+      "token that opens a document; -1: 50256, or 256 in a vocabulary without it") \
+    F(INT, epochs, 1, 0, 1e6, "", \
+      "times that training data may be used; 0: as often as the steps need") \
     F(INT, val_every, 125, 1, 1e9, "steps", \
       "steps between validation losses; one is taken before the first step and at the end") \
     F(INT, val_tokens, 10485760, 0, 1e12, "tokens", \

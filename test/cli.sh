@@ -89,7 +89,7 @@ has "dry run" "$work/dry.txt" 'memory in all'
 
 # ---- Ctrl-C --------------------------------------------------------------------------------
 for signal in INT TERM; do
-    arguments stopped-$signal --recipe modern --steps 100000
+    arguments stopped-$signal --recipe modern --steps 100000 --epochs 0
     "${line[@]}" > "$work/stopped-$signal.txt" 2>&1 &
     for _ in $(seq 300); do grep -q '^step:8/' "$work/stopped-$signal/log.txt" 2> /dev/null && break; sleep 0.1; done
     kill -$signal $!

@@ -38,7 +38,7 @@ variable() {      # variable PID NAME: of a process's environment
 "$tools/text_to_shards" --out "$work/text" train_gpt2.cu llmc/*.cuh > /dev/null; check $? "text_to_shards"
 # Evaluations and saves often enough that kills meet them, too.
 line=(--recipe modern --layers 2 --heads 2 --channels 64 --vocab 320 --seq-len 32 --micro-batch 1 --batch-tokens 128 --val-tokens 500
-      --val-every 5 --save-every 7 --steps 10000000 --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
+      --val-every 5 --save-every 7 --steps 10000000 --epochs 0 --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
 
 start() {      # start NAME RANKS PROGRAM...: leaves mpirun's pid and those of the ranks in $launcher and $pids
     local name="$1" ranks="$2" found pid; shift 2

@@ -34,7 +34,7 @@ same_weights() { [ -s "$work/$2/model.safetensors" ] && cmp -s <(weights "$2") <
 "$tools/text_to_shards" --out "$work/text" train_gpt2.cu llmc/*.cuh > /dev/null; check $? "text_to_shards"
 # 24 sequences in a step: so many divide by 1, 2, 3, 4 and 8 ranks.
 base=(--layers 2 --heads 2 --channels 64 --vocab 320 --seq-len 32 --micro-batch 1 --batch-tokens 768 --val-tokens 500 --val-every 10
-      --steps 20 --recipe modern --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
+      --steps 20 --epochs 0 --recipe modern --train "$work/text_train_*.bin" --val "$work/text_val_*.bin")
 flags() {      # flags NAME FLAGS...: those of a small run into $work/NAME; FLAGS replace those of base
     local name="$1" i; shift
     line=()
@@ -263,7 +263,7 @@ chmod 644 "$work/folder1/train1.bin"
 BEFORE='' apart cut --steps 100000 --val-every 100000 &
 wait_for_line "$work/cut/log.rank1.txt" '^step:2/'
 : > "$work/folder1/train1.bin"
-wait $!; refused cut $? 'rank 1: train1.bin: reading at byte'
+wait $!; refused cut $? 'rank 1: train1.bin: ends at byte'
 
 # ---- /dev/shm ------------------------------------------------------------------------------
 if unshare -m mount -t tmpfs -o size=4m tmpfs /dev/shm 2> /dev/null; then

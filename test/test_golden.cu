@@ -250,7 +250,7 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
     for (int step = 0; step < (v->train ? GOLDEN_STEPS : 1); step++) {
         load_batch(m, c, step);
         probe = step == 0 ? probe_keep : NULL;
-        micro_step(m, 0, 1.0f / (float)N);
+        micro_step(m, m->tokens_host, m->targets_host, 0, 1.0f / (float)N);
         StepStats stats = step_stats(m, false);
         if (ranks.rank == 0) losses[step] = stats.loss;
         test_true("every gradient is finite", stats.finite);
@@ -270,7 +270,7 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
     }
     if (v->train) {
         load_batch(m, c, GOLDEN_STEPS);
-        batch_upload(m, N / ranks.world);
+        batch_upload(m, m->tokens_host, m->targets_host, N / ranks.world);
         forward(m, m->B, m->T);
         classify(m, m->stats + STAT_LOSS, N / ranks.world, false, 0.0f, false);
         float sum;

@@ -62,7 +62,7 @@ static void compute_gradients(Model* m, uint64_t seed, int real_vocab) {
     int N = m->B * m->T;
     for (int micro = 0; micro < m->micro_steps; micro++) {
         fill_batch(m, N, real_vocab, seed + micro);
-        micro_step(m, micro, 1.0f / (float)m->cfg->batch_tokens);
+        micro_step(m, m->tokens_host, m->targets_host, micro, 1.0f / (float)m->cfg->batch_tokens);
     }
 }
 
@@ -172,7 +172,7 @@ static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool g
             batch_wait(&model);
             memcpy(model.tokens_host, tokens + micro * N, N * sizeof(int));
             memcpy(model.targets_host, tokens + micro * N + 1, N * sizeof(int));
-            micro_step(&model, micro, 1.0f / (float)model.cfg->batch_tokens);
+            micro_step(&model, model.tokens_host, model.targets_host, micro, 1.0f / (float)model.cfg->batch_tokens);
         }
         s.loss = step_stats(&model, false).loss;
         if (!gradients) update(&model, step + 1, schedule_at(model.cfg, step));
@@ -243,7 +243,7 @@ static void test_overfit(const char* recipe, const char* optimizer) {
     double loss = INFINITY;
     for (int step = 0; step < 60; step++) {
         fill_batch(&model, 64, 257, 9);
-        micro_step(&model, 0, 1.0f / 64);
+        micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 64);
         loss = step_stats(&model, false).loss;
         update(&model, step + 1, schedule_at(model.cfg, step));
     }
@@ -351,7 +351,7 @@ static void test_not_finite(void) {
     model_start(&model, NULL);
     randomize(&model, 3);
     fill_batch(&model, 32, 257, 1);
-    micro_step(&model, 0, 1.0f / 32);
+    micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 32);
     test_true("finite weights, finite step", step_stats(&model, false).finite);
     float* w = test_floats(64 * 64);
     weights_collect(&model);
@@ -359,7 +359,7 @@ static void test_not_finite(void) {
     w[17] = NAN;
     param_write(&model, w, ATTN_K, 1);
     fill_batch(&model, 32, 257, 1);
-    micro_step(&model, 0, 1.0f / 32);
+    micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 32);
     test_true("one NaN weight is noticed", !step_stats(&model, false).finite);
     free(w);
     model_end(&model);
