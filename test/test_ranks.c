@@ -1067,7 +1067,7 @@ static void test_shm(void) {
         return;
     }
     expect_end("a /dev/shm of 6 MiB", -1,
-               "/dev/shm has 6.0 MiB free, but 2 ranks on this host want 16.0 MiB",
+               "/dev/shm has 6.0 MiB free, but 2 ranks on this host want 10.0 MiB",
                "--shm-size=1g");
     crew_judge(crew);
 }
