@@ -149,7 +149,7 @@ RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace test/faults.sh,$(O)
 else ifeq ($(HOST_PREC)$(SAN),bf16)
 RUNS   += $(call ranks,2 8,test_zero) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
 else
-RUNS   += $(if $(filter thread,$(SAN)),$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)modern)
+RUNS   += $(if $(filter thread,$(SAN)),$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)$(if $(filter thread,$(SAN)),file,modern))
 endif
 endif
 TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone) $(if $(filter test/download.sh%,$(RUNS)),$(O)/http_server)
