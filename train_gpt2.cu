@@ -540,7 +540,8 @@ static void model_build(Model* m, const Settings* cfg, int rank, int world) {
         size_t elements = (size_t)m->banks[b].rows * m->banks[b].cols;
         if (elements > tensor) tensor = elements;
     }
-    m->host_bytes = 2 * (size_t)m->B * m->T * sizeof(int) + tensor * sizeof(float);
+    m->host_bytes = (2 * (size_t)m->B * m->T + loader_memory(m->B, m->T)) * sizeof(int) +
+                    tensor * sizeof(float);
 }
 
 static void zero_fill(Model* m, void* p, size_t bytes) {
@@ -780,7 +781,8 @@ static void layer_enter_backward(Model* m, int l, floatX* dx, int N) {
     }
 }
 
-// The gradients of a bank are whole from `layer` on upwards: sends what has not been sent.
+// The last gradient of `layer` in this bank is queued, and those of the layers above it were before:
+// sends the bucket that begins here, if one does.
 static void reduce_from(Model* m, BankId b, int layer) {
     Bank* bank = &m->banks[b];
     for (int k = 0; k < bank->zero.bucket_count && bank->n; k++)
