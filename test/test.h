@@ -292,6 +292,26 @@ static inline void test_fill_tokens(int* x, size_t n, uint64_t seed, int V) {
     for (size_t i = 0; i < n; i++) x[i] = (int)(test_random(seed, i) % (uint64_t)V);
 }
 
+// ---- files of a test -------------------------------------------------------------------------
+
+static char test_folder[256];        // where test_path puts them; the program makes and removes it
+
+// Good until the eighth call after it.
+static inline const char* test_path(const char* name) {
+    static char paths[8][512];
+    static int turn;
+    char* path = paths[turn++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", test_folder, name);
+    return path;
+}
+
+static inline void test_write_file(const char* path, const void* bytes, size_t n) {
+    FILE* file = fopen(path, "wb");
+    if (file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0) return;
+    fprintf(stderr, "%s cannot be written\n", path);
+    exit(1);
+}
+
 // ---- device arrays ---------------------------------------------------------------------------
 
 #ifdef CUDA_CHECK

@@ -45,21 +45,6 @@ static ssize_t disk_pread(int fd, void* out, size_t n, off_t at) {
 
 enum { VOCAB = 50304, END = 50256 };
 
-static char folder[256];        // of this run's files; removed at the end
-
-static const char* path_of(const char* name) {
-    static char paths[8][512];
-    static int turn;
-    char* path = paths[turn++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
-    return path;
-}
-
-static void write_file(const char* path, const void* bytes, size_t n) {
-    FILE* file = fopen(path, "wb");
-    REQUIRE(file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0, "%s: %s", path,
-            strerror(errno));
-}
 
 static void write_shard(const char* path, const uint16_t* tokens, int32_t n) {
     int32_t header[256] = { SHARD_MAGIC, SHARD_VERSION, n };
@@ -130,7 +115,7 @@ enum { SETS = sizeof sets / sizeof *sets };
 
 static const char* set_pattern(const Set* set) {
     static char pattern[600];
-    snprintf(pattern, sizeof pattern, "%s/%s_*.bin", folder, set->name);
+    snprintf(pattern, sizeof pattern, "%s/%s_*.bin", test_folder, set->name);
     return pattern;
 }
 
@@ -154,7 +139,7 @@ static void make_sets(void) {
         for (int i = 0, at = 0; i < set->count; at += set->tokens[i++]) {
             char name[64];
             snprintf(name, sizeof name, "%s_%06d.bin", set->name, i);
-            write_shard(path_of(name), set->x + at, set->tokens[i]);
+            write_shard(test_path(name), set->x + at, set->tokens[i]);
         }
     }
 }
@@ -436,9 +421,9 @@ static void test_cases(void) {
               sets[1].x[2200] == END && sets[1].x[3699] == END && sets[0].x[1000] != END);
     // One tiny file, many times around.
     uint16_t tiny[5] = { 1, 2, 3, 4, 5 };
-    write_shard(path_of("tiny.bin"), tiny, 5);
+    write_shard(test_path("tiny.bin"), tiny, 5);
     spec = spec_of(&sets[0], BATCHING_STREAM, 3, 3, 4);
-    spec.pattern = path_of("tiny.bin");
+    spec.pattern = test_path("tiny.bin");
     Loader l;
     loader_open(&l, &spec, NULL);
     bool ok = true;
@@ -477,11 +462,11 @@ static void write_sparse_shard(const char* path, int64_t n, int64_t where, uint1
 }
 
 static void test_large(void) {
-    write_sparse_shard(path_of("web_000001.bin"), 100000000, 0, 7);
-    write_sparse_shard(path_of("web_000002.bin"), 100000000, 0, 7);
+    write_sparse_shard(test_path("web_000001.bin"), 100000000, 0, 7);
+    write_sparse_shard(test_path("web_000002.bin"), 100000000, 0, 7);
     // The records' batches. 190 in a shard of FineWeb for data ranks 0 to 5, 189 for 6 and 7.
     LoaderSpec spec = spec_of(&sets[0], BATCHING_STRIDED, 512, 64, 1024);
-    spec.pattern = path_of("web_*.bin");
+    spec.pattern = test_path("web_*.bin");
     Loader l;
     loader_open(&l, &spec, NULL);
     for (int k = 0; k < 8; k++) {
@@ -498,20 +483,20 @@ static void test_large(void) {
     static const struct { int T, steps; } RECORDS[] = { { 65536, 190 }, { 49152, 254 } };
     for (int i = 0; i < 2; i++) {
         spec = spec_of(&sets[0], BATCHING_CONTIGUOUS, 8, 1, RECORDS[i].T);
-        spec.pattern = path_of("web_*.bin");
+        spec.pattern = test_path("web_*.bin");
         loader_open(&l, &spec, NULL);
         test_true("contiguous steps in a shard of FineWeb",
                   loader_steps(&l, 1) == 2 * RECORDS[i].steps);
         loader_close(&l);
     }
-    unlink(path_of("web_000001.bin"));
-    unlink(path_of("web_000002.bin"));
+    unlink(test_path("web_000001.bin"));
+    unlink(test_path("web_000002.bin"));
 
     int64_t n = 1200000000, found;
     uint16_t t[5];
-    write_sparse_shard(path_of("large.bin"), n, n - 2, 77);
+    write_sparse_shard(test_path("large.bin"), n, n - 2, 77);
     Shards s;
-    shards_open(&s, path_of("large.bin"), VOCAB);
+    shards_open(&s, test_path("large.bin"), VOCAB);
     test_true("tokens beyond 2 GiB", shards_read(&s, t, n - 4, 5) && t[0] == 0 && t[1] == 0 &&
                                          t[2] == 77 && t[3] == 0 && t[4] == 0);
     test_true("a search beyond 2 GiB",
@@ -519,7 +504,7 @@ static void test_large(void) {
                   shards_search(&s, &found, 0, n - 50000, 77) && found == n - 2 &&
                   shards_search(&s, &found, 0, n - 1, 77) && found == n);
     shards_close(&s);
-    unlink(path_of("large.bin"));
+    unlink(test_path("large.bin"));
 }
 
 // ---- positions -----------------------------------------------------------------------------
@@ -742,7 +727,7 @@ static void expect_shard_error(const char* what, int32_t magic, int32_t version,
                                int tokens, int bytes, const char* part1, const char* part2) {
     static int32_t header[256];
     static uint16_t body[256];
-    const char* path = path_of("bad.bin");
+    const char* path = test_path("bad.bin");
     header[0] = magic;
     header[1] = version;
     header[2] = count;
@@ -772,44 +757,44 @@ static void test_errors(void) {
                        "500 bytes, but the header alone has 1024", NULL);
     expect_shard_error("an empty file", 0, 0, 0, 0, 0, "0 bytes, but the header alone has 1024",
                        NULL);
-    expect_death("no file", open_bad, (void*)path_of("none_*.bin"), "no file matches",
+    expect_death("no file", open_bad, (void*)test_path("none_*.bin"), "no file matches",
                  "text_to_shards");
-    expect_death("a directory", open_bad, folder, "not a file", "pattern");
-    REQUIRE(mkfifo(path_of("pipe.bin"), 0600) == 0, "mkfifo: %s", strerror(errno));
-    expect_death("a pipe without a writer", open_bad, (void*)path_of("pipe.bin"), "not a file",
+    expect_death("a directory", open_bad, test_folder, "not a file", "pattern");
+    REQUIRE(mkfifo(test_path("pipe.bin"), 0600) == 0, "mkfifo: %s", strerror(errno));
+    expect_death("a pipe without a writer", open_bad, (void*)test_path("pipe.bin"), "not a file",
                  NULL);
 
     uint16_t tokens[100];
     for (int i = 0; i < 100; i++) tokens[i] = (uint16_t)i;
     tokens[40] = 100;
-    write_shard(path_of("high_2.bin"), tokens, 100);
-    expect_death("a token beyond the vocabulary", open_bad, (void*)path_of("high_2.bin"),
+    write_shard(test_path("high_2.bin"), tokens, 100);
+    expect_death("a token beyond the vocabulary", open_bad, (void*)test_path("high_2.bin"),
                  "high_2.bin: token 40 (byte 1104) is 100, but --vocab is 100 (ids 0 to 99)",
                  "another vocabulary");
-    expect_death("the same in a search", open_bad_documents, (void*)path_of("high_2.bin"),
+    expect_death("the same in a search", open_bad_documents, (void*)test_path("high_2.bin"),
                  "high_2.bin: token 40 (byte 1104) is 100", NULL);
     tokens[40] = 99;
-    write_shard(path_of("high_1.bin"), tokens, 50);
+    write_shard(test_path("high_1.bin"), tokens, 50);
     tokens[3] = 101;
-    write_shard(path_of("high_2.bin"), tokens, 100);
-    expect_death("the same in the second shard", open_bad, (void*)path_of("high_*.bin"),
+    write_shard(test_path("high_2.bin"), tokens, 100);
+    expect_death("the same in the second shard", open_bad, (void*)test_path("high_*.bin"),
                  "high_2.bin: token 3 (byte 1030) is 101", NULL);
-    expect_death("a shard below a step", open_bad_strided, (void*)path_of("high_1.bin"),
+    expect_death("a shard below a step", open_bad_strided, (void*)test_path("high_1.bin"),
                  "high_1.bin: 50 tokens, but --batching strided takes a step of 65 from one shard",
                  "--batching stream");
-    expect_death("no shard with a step", open_bad_contiguous, (void*)path_of("high_1.bin"),
+    expect_death("no shard with a step", open_bad_contiguous, (void*)test_path("high_1.bin"),
                  "the largest of the 1 shards of", "has 50 tokens, too few for a step of 64");
-    expect_death("rows that cannot be cut", open_bad_rows, (void*)path_of("high_1.bin"),
+    expect_death("rows that cannot be cut", open_bad_rows, (void*)test_path("high_1.bin"),
                  "a step of 5 sequences", NULL);
     tokens[3] = 3;
     tokens[0] = 1;
-    write_shard(path_of("whole.bin"), tokens, 100);
-    expect_death("no document", open_bad_documents, (void*)path_of("whole.bin"),
+    write_shard(test_path("whole.bin"), tokens, 100);
+    expect_death("no document", open_bad_documents, (void*)test_path("whole.bin"),
                  "none of the 1 shards of", "4 rows of 16 tokens that start with a document "
                  "(token 0)");
-    expect_death("a validation set that is too short", open_short_val, (void*)path_of("high_1.bin"),
+    expect_death("a validation set that is too short", open_short_val, (void*)test_path("high_1.bin"),
                  "--val-tokens 64", "holds 49 predictions");
-    expect_death("one that is too short by one", open_val_one_short, (void*)path_of("high_1.bin"),
+    expect_death("one that is too short by one", open_val_one_short, (void*)test_path("high_1.bin"),
                  "--val-tokens 50", NULL);
 }
 
@@ -828,14 +813,14 @@ static void disk_hesitates(void) {
     disk_breaks();
     disk_error = EINTR;
 }
-static void second_vanishes(void) { unlink(path_of("two_2.bin")); }
+static void second_vanishes(void) { unlink(test_path("two_2.bin")); }
 static void second_shrinks(void) {
-    REQUIRE(truncate(path_of("two_2.bin"), 1024 + 2 * 77) == 0, "truncate: %s", strerror(errno));
+    REQUIRE(truncate(test_path("two_2.bin"), 1024 + 2 * 77) == 0, "truncate: %s", strerror(errno));
 }
 
 static void draw_harmed(void* batches) {
     Loader l;
-    LoaderSpec spec = error_spec(path_of("two_*.bin"), (Batching)harm_batching);
+    LoaderSpec spec = error_spec(test_path("two_*.bin"), (Batching)harm_batching);
     spec.rows = spec.B = 2;
     loader_open(&l, &spec, NULL);
     for (int i = 0; i < 4; i++) loader_next(&l);    // the thread has stopped at full slots, or will
@@ -852,7 +837,7 @@ static void test_thread_errors(void) {
     for (int i = 0; i < 160; i++) tokens[i] = (uint16_t)(i % 13);
     for (harm_batching = 0; harm_batching <= BATCHING_DOCUMENTS; harm_batching++) {
         for (int i = 1; i < 3; i++)
-            write_shard(path_of(i == 1 ? "two_1.bin" : "two_2.bin"), tokens, 160);
+            write_shard(test_path(i == 1 ? "two_1.bin" : "two_2.bin"), tokens, 160);
         harm = disk_breaks;
         expect_death("a disk error", draw_harmed, &many, "two_", "Input/output error");
         expect_death("that is not there yet", draw_harmed, &two, "all was drawn", NULL);
@@ -861,7 +846,7 @@ static void test_thread_errors(void) {
         harm = second_shrinks;
         expect_death("a file that shrinks", draw_harmed, &many,
                      "two_2.bin: ends at byte 1178, expected 1344", "shorter");
-        write_shard(path_of("two_2.bin"), tokens, 160);
+        write_shard(test_path("two_2.bin"), tokens, 160);
         harm = second_vanishes;
         expect_death("a file that vanishes", draw_harmed, &many,
                      "two_2.bin: cannot be opened again: No such file", NULL);
@@ -1050,7 +1035,7 @@ static const char* use_mutants(Dice* d) {
     static const char* message;     // what setjmp comes back to is not in a register
     LoaderSpec spec = {};
     int world = 1 << roll(d, 3), batches = (int)roll(d, 24), inputs[64], targets[64];
-    spec.pattern = path_of("mutant_*.bin");
+    spec.pattern = test_path("mutant_*.bin");
     spec.batching = (Batching)roll(d, 5);
     spec.world = world;
     spec.rank = (int)roll(d, (uint32_t)world);
@@ -1102,14 +1087,14 @@ static int64_t fuzz(uint64_t seed, int64_t count, double seconds, int64_t* refus
         Dice d = { seed + (uint64_t)i, 0 };
         int files = 1 + (int)roll(&d, 2);
         for (int f = 0; f < 2; f++) {
-            const char* path = path_of(f ? "mutant_2.bin" : "mutant_1.bin");
+            const char* path = test_path(f ? "mutant_2.bin" : "mutant_1.bin");
             int from = (int)roll(&d, (uint32_t)corpus.count);
             size_t n = corpus.size[from];
             unlink(path);
             if (f == files) break;
             memcpy(bytes, corpus.bytes[from], n);
             if (f + 1 == files) n = mutate(bytes, n, &d);
-            write_file(path, bytes, n);
+            test_write_file(path, bytes, n);
         }
         alarm(20);      // a hang ends the program
         const char* message = use_mutants(&d);
@@ -1135,8 +1120,9 @@ static void test_mutants(void) {
 int main(int argc, char** argv) {
     program_name = "test_loader";
     const char* temporary = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.200s/loader.XXXXXX", temporary ? temporary : "/tmp");
-    REQUIRE(mkdtemp(folder), "%s: cannot be made: %s", folder, strerror(errno));
+    snprintf(test_folder, sizeof test_folder, "%.200s/loader.XXXXXX",
+             temporary ? temporary : "/tmp");
+    REQUIRE(mkdtemp(test_folder), "%s: cannot be made: %s", test_folder, strerror(errno));
     bool fuzzing = argc >= 3 && strcmp(argv[1], "fuzz") == 0;
     test_init(fuzzing ? 1 : argc, argv);
     if (fuzzing) {
@@ -1161,7 +1147,7 @@ int main(int argc, char** argv) {
         if (test_group("mutants")) test_mutants();
     }
     char command[300];
-    snprintf(command, sizeof command, "rm -r '%s'", folder);
-    if (system(command) != 0) fprintf(stderr, "test_loader: %s is left over\n", folder);
+    snprintf(command, sizeof command, "rm -r '%s'", test_folder);
+    if (system(command) != 0) fprintf(stderr, "test_loader: %s is left over\n", test_folder);
     return test_summary();
 }

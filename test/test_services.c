@@ -23,7 +23,6 @@ the repository's root: the recipes are read from scripts/recipes.
 #include <sys/wait.h>
 #include <signal.h>
 
-static char folder[256];        // of this run's files; removed at the end
 
 // ---- children ------------------------------------------------------------------------------
 
@@ -70,20 +69,6 @@ static void expect_death(const char* what, void (*f)(void*), void* argument, con
 }
 
 // ---- files ---------------------------------------------------------------------------------
-
-static const char* path_of(const char* name) {
-    static char paths[8][512];
-    static int turn;
-    char* path = paths[turn++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
-    return path;
-}
-
-static void write_file(const char* path, const void* bytes, size_t n) {
-    FILE* file = fopen(path, "wb");
-    REQUIRE(file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0, "%s: %s", path,
-            strerror(errno));
-}
 
 // The whole file, ended by a 0 that does not count.
 static char* read_file(const char* path, size_t* n) {
@@ -396,9 +381,9 @@ static void test_table(void) {
     }
     static char recipe[16384];
     settings_text(recipe, sizeof recipe, &s);
-    write_file(path_of("all.cfg"), recipe, strlen(recipe));
+    test_write_file(test_path("all.cfg"), recipe, strlen(recipe));
     char words[600];
-    snprintf(words, sizeof words, "--recipe %s", path_of("all.cfg"));
+    snprintf(words, sizeof words, "--recipe %s", test_path("all.cfg"));
     parse_words(&t, words);
     memcpy(s.recipe, t.recipe, sizeof s.recipe);
     test_true("settings_text is a recipe that reads back", memcmp(&s, &t, sizeof s) == 0);
@@ -408,8 +393,8 @@ static void test_table(void) {
 
 static void expect_recipe_error(const char* what, const char* lines, const char* message) {
     char words[600], wanted[700];
-    const char* path = path_of("bad.cfg");
-    write_file(path, lines, strlen(lines));
+    const char* path = test_path("bad.cfg");
+    test_write_file(path, lines, strlen(lines));
     snprintf(words, sizeof words, "--recipe %s", path);
     snprintf(wanted, sizeof wanted, "%s:%s", path, message);
     expect_death(what, parse_and_check, words, wanted, NULL);
@@ -481,9 +466,9 @@ static void test_recipes(void) {
     test_true("a flag behind --recipe wins", s.steps == 10 && s.muon_lr == 0.5 && s.skips == 1);
     parse_words(&s, "--steps 10 --muon-lr 0.5 --recipe unet");
     test_true("a flag before --recipe wins", s.steps == 10 && s.muon_lr == 0.5 && s.skips == 1);
-    const char* path = path_of("good.cfg");
+    const char* path = test_path("good.cfg");
     static const char GOOD[] = "# c\n\n  steps=11 # c\r\nout = a b#c\t# c\nhead =untied";
-    write_file(path, GOOD, sizeof GOOD - 1);
+    test_write_file(path, GOOD, sizeof GOOD - 1);
     char words[600];
     snprintf(words, sizeof words, "--recipe %s", path);
     parse_words(&s, words);
@@ -603,7 +588,7 @@ static void make_tensors(const char* path) {
 }
 
 static void test_safetensors(void) {
-    const char* path = path_of("t.safetensors");
+    const char* path = test_path("t.safetensors");
     char problem[512] = "";
     make_tensors(path);
     SafeFile f;
@@ -651,7 +636,7 @@ static void test_safetensors(void) {
 
 static void get_absent(void* name) {
     SafeFile f;
-    safetensors_open(&f, path_of("t.safetensors"));
+    safetensors_open(&f, test_path("t.safetensors"));
     safetensors_data(&f, (const char*)name, SAFE_F32, 6);
 }
 
@@ -673,13 +658,13 @@ static void open_tensors(void* path) {
 
 // A file with this header (padded) and this many bytes of data must be refused with these words.
 static void expect_refusal(const char* json, int data_bytes, const char* wanted) {
-    const char* path = path_of("refused.safetensors");
+    const char* path = test_path("refused.safetensors");
     static char bytes[4096];
     uint64_t n = (strlen(json) + 7) / 8 * 8;
     memset(bytes, ' ', sizeof bytes);
     memcpy(bytes, &n, 8);
     memcpy(bytes + 8, json, strlen(json));
-    write_file(path, bytes, 8 + n + (size_t)data_bytes);
+    test_write_file(path, bytes, 8 + n + (size_t)data_bytes);
     SafeFile f;
     char problem[512] = "";
     bool opened = safetensors_try_open(&f, path, problem, sizeof problem);
@@ -692,14 +677,14 @@ static void expect_refusal(const char* json, int data_bytes, const char* wanted)
 
 // Names of other writers: escapes of two, three and four bytes of UTF-8, a surrogate pair among them.
 static void test_safetensors_escapes(void) {
-    const char* path = path_of("escapes.safetensors");
+    const char* path = test_path("escapes.safetensors");
     const char* json = "{\"\\u00e9\\u20ac\\ud83d\\ude00\\/\":" F32_ENTRY "}";
     char bytes[256], problem[512] = "";
     uint64_t n = (strlen(json) + 7) / 8 * 8;
     memset(bytes, ' ', sizeof bytes);
     memcpy(bytes, &n, 8);
     memcpy(bytes + 8, json, strlen(json));
-    write_file(path, bytes, 8 + n + 8);
+    test_write_file(path, bytes, 8 + n + 8);
     SafeFile f;
     if (!test_true("escapes in a name", safetensors_try_open(&f, path, problem, sizeof problem))) {
         printf("      problem: %s\n", problem);
@@ -710,35 +695,35 @@ static void test_safetensors_escapes(void) {
 }
 
 static void test_safetensors_errors(void) {
-    make_tensors(path_of("t.safetensors"));
+    make_tensors(test_path("t.safetensors"));
     expect_death("an absent tensor", get_absent, (void*)"nosuch",
                  "t.safetensors: no tensor 'nosuch' among its 7", NULL);
     expect_death("another type", get_absent, (void*)"i", "tensor 'i' is I32, expected F32", NULL);
     expect_death("another size", get_absent, (void*)"empty",
                  "tensor 'empty' has 0 elements, expected 6", NULL);
-    expect_death("a directory that is not there", write_nowhere, (void*)path_of("no/t.safetensors"),
+    expect_death("a directory that is not there", write_nowhere, (void*)test_path("no/t.safetensors"),
                  "cannot be created: No such file", NULL);
-    expect_death("a full disk", write_without_room, (void*)path_of("t.safetensors"),
+    expect_death("a full disk", write_without_room, (void*)test_path("t.safetensors"),
                  "nothing was saved", "File too large");
     SafeFile f;
     char problem[512] = "";
     test_true("the old file is untouched",
-              safetensors_try_open(&f, path_of("t.safetensors"), problem, sizeof problem));
+              safetensors_try_open(&f, test_path("t.safetensors"), problem, sizeof problem));
     safetensors_close(&f);
     glob_t found;
-    test_true("no part is left", glob(path_of("*.part"), 0, NULL, &found) == GLOB_NOMATCH);
-    expect_death("no file", open_tensors, (void*)path_of("none.safetensors"),
+    test_true("no part is left", glob(test_path("*.part"), 0, NULL, &found) == GLOB_NOMATCH);
+    expect_death("no file", open_tensors, (void*)test_path("none.safetensors"),
                  "none.safetensors: cannot be opened: No such file", NULL);
-    write_file(path_of("short"), "1234567", 7);
-    expect_death("7 bytes", open_tensors, (void*)path_of("short"), "7 bytes: too short", NULL);
-    write_file(path_of("short"), "\xff\xff\xff\xff\xff\xff\xff\xff{}", 10);
-    expect_death("an absurd header length", open_tensors, (void*)path_of("short"),
+    test_write_file(test_path("short"), "1234567", 7);
+    expect_death("7 bytes", open_tensors, (void*)test_path("short"), "7 bytes: too short", NULL);
+    test_write_file(test_path("short"), "\xff\xff\xff\xff\xff\xff\xff\xff{}", 10);
+    expect_death("an absurd header length", open_tensors, (void*)test_path("short"),
                  "the header length is 18446744073709551615", NULL);
-    write_file(path_of("short"), "\x10\0\0\0\0\0\0\0{}      ", 16);
-    expect_death("a header beyond the end", open_tensors, (void*)path_of("short"),
+    test_write_file(test_path("short"), "\x10\0\0\0\0\0\0\0{}      ", 16);
+    expect_death("a header beyond the end", open_tensors, (void*)test_path("short"),
                  "the header length is 16 in a file of 16", NULL);
-    write_file(path_of("short"), "\x07\0\0\0\0\0\0\0{}     ", 15);
-    expect_death("a header of odd length", open_tensors, (void*)path_of("short"),
+    test_write_file(test_path("short"), "\x07\0\0\0\0\0\0\0{}     ", 15);
+    expect_death("a header of odd length", open_tensors, (void*)test_path("short"),
                  "the header length is 7", NULL);
 
     expect_refusal("", 0, "expected '{', the header ends");
@@ -805,7 +790,7 @@ static void test_safetensors_errors(void) {
 
 // Headers with a few bytes changed, added or lost: refused, or read without leaving the file.
 static void test_safetensors_mutations(void) {
-    const char* path = path_of("t.safetensors");
+    const char* path = test_path("t.safetensors");
     make_tensors(path);
     size_t n;
     char* whole = read_file(path, &n);
@@ -833,7 +818,7 @@ static void test_safetensors_mutations(void) {
             if (kind != 4) bytes[at] = letter;
         }
         if (test_random(trial, 9) % 8 == 0) size = test_random(trial, 10) % size;
-        write_file(path, bytes, size);
+        test_write_file(path, bytes, size);
         SafeFile f;
         char problem[512] = "";
         if (!safetensors_try_open(&f, path, problem, sizeof problem)) {
@@ -1024,7 +1009,7 @@ static void write_log_without_room(void* out) {
 
 static void test_log(void) {
     char out[300], path[400];
-    snprintf(out, sizeof out, "%s/runs/a/b", folder);
+    snprintf(out, sizeof out, "%s/runs/a/b", test_folder);
     const Child* c = child_run(write_log, out);
     test_true("log: no error", c->status == 0 && !*c->err);
     static const char LINES[] = "step:0/3 val_loss:10.825800 train_time:0ms step_avg:0.00ms\n"
@@ -1086,12 +1071,12 @@ static void test_log(void) {
         test_true("earlier logs are kept", text && (strstr(text, "10.8258") != NULL) == (i < 2));
         free(text);
     }
-    write_file(path_of("plain"), "x", 1);
-    expect_death("OUT is a file", write_log_missed, (void*)path_of("plain"),
+    test_write_file(test_path("plain"), "x", 1);
+    expect_death("OUT is a file", write_log_missed, (void*)test_path("plain"),
                  "is there and not a directory", NULL);
-    expect_death("OUT in a file", write_log_missed, (void*)path_of("plain/a"),
+    expect_death("OUT in a file", write_log_missed, (void*)test_path("plain/a"),
                  "cannot be created: Not a directory", NULL);
-    expect_death("a full disk", write_log_without_room, (void*)path_of("full"),
+    expect_death("a full disk", write_log_without_room, (void*)test_path("full"),
                  "the log cannot be written: File too large", NULL);
 
     Clock clock = { 0, 0 };
@@ -1116,7 +1101,7 @@ static void run_tool(const char* words, int (*tool)(int, char**)) {
     static char* argv[32];
     int argc = 1;
     snprintf(store, sizeof store, "%s", words);
-    argv[0] = folder;
+    argv[0] = test_folder;
     for (char* word = strtok(store, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
     argv[argc] = NULL;
     exit(tool(argc, argv));
@@ -1132,7 +1117,7 @@ static void run_plot(void* words) {
 
 static void expect_shard(const char* what, const char* name, const int* tokens, int n) {
     Shards s;
-    shards_open(&s, path_of(name), BYTE_VOCAB);
+    shards_open(&s, test_path(name), BYTE_VOCAB);
     bool ok = shards_total(&s) == n;
     uint16_t got[64];
     ok = ok && n <= 64 && shards_read(&s, got, 0, (size_t)n);
@@ -1143,8 +1128,8 @@ static void expect_shard(const char* what, const char* name, const int* tokens, 
 
 static void test_text_to_shards(void) {
     char words[2048];
-    write_file(path_of("one.txt"), "abcdefghij\xff\0klmnopqr", 20);
-    snprintf(words, sizeof words, "%s --out %s", path_of("one.txt"), path_of("o"));
+    test_write_file(test_path("one.txt"), "abcdefghij\xff\0klmnopqr", 20);
+    snprintf(words, sizeof words, "%s --out %s", test_path("one.txt"), test_path("o"));
     test_true("one file", child_run(run_shards, words)->status == 0);
     static const int TRAIN[] = { 256, 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i',
                                  'j', 255, 0,   'k', 'l', 'm', 'n', 'o', 'p' };
@@ -1152,32 +1137,32 @@ static void test_text_to_shards(void) {
     expect_shard("nine tenths to train on", "o_train_000001.bin", TRAIN, 19);
     expect_shard("a tenth to validate on", "o_val_000000.bin", VAL, 3);
 
-    write_file(path_of("a.txt"), "abcdef", 6);
-    write_file(path_of("b.txt"), "", 0);
-    write_file(path_of("c.txt"), "ghij", 4);
-    snprintf(words, sizeof words, "--out %s --val-fraction 0.5 %s %s %s", path_of("p"),
-             path_of("a.txt"), path_of("b.txt"), path_of("c.txt"));
+    test_write_file(test_path("a.txt"), "abcdef", 6);
+    test_write_file(test_path("b.txt"), "", 0);
+    test_write_file(test_path("c.txt"), "ghij", 4);
+    snprintf(words, sizeof words, "--out %s --val-fraction 0.5 %s %s %s", test_path("p"),
+             test_path("a.txt"), test_path("b.txt"), test_path("c.txt"));
     test_true("three files", child_run(run_shards, words)->status == 0);
     static const int HALF[] = { 256, 'a', 'b', 'c', 'd', 'e' },
                      REST[] = { 256, 'f', 256, 'g', 'h', 'i', 'j' };
     expect_shard("documents open with 256", "p_train_000001.bin", HALF, 6);
     expect_shard("so does what the cut parts", "p_val_000000.bin", REST, 7);
-    snprintf(words, sizeof words, "--val-fraction 0 --out %s %s", path_of("q"), path_of("c.txt"));
+    snprintf(words, sizeof words, "--val-fraction 0 --out %s %s", test_path("q"), test_path("c.txt"));
     child_run(run_shards, words);
     static const int ALL[] = { 256, 'g', 'h', 'i', 'j' };
     expect_shard("fraction 0", "q_train_000001.bin", ALL, 5);
-    test_true("fraction 0: no validation set", access(path_of("q_val_000000.bin"), F_OK) != 0);
+    test_true("fraction 0: no validation set", access(test_path("q_val_000000.bin"), F_OK) != 0);
 
-    write_file(path_of("q_train_000002.bin"), "x", 1);
+    test_write_file(test_path("q_train_000002.bin"), "x", 1);
     expect_death("a shard from before", run_shards, words,
                  "q_train_000002.bin is there from before", "remove it");
-    snprintf(words, sizeof words, "--out %s %s", path_of("r"), path_of("b.txt"));
+    snprintf(words, sizeof words, "--out %s %s", test_path("r"), test_path("b.txt"));
     expect_death("no bytes", run_shards, words, "no bytes to make tokens of", NULL);
-    snprintf(words, sizeof words, "--out %s %s", path_of("r"), path_of("nosuch.txt"));
+    snprintf(words, sizeof words, "--out %s %s", test_path("r"), test_path("nosuch.txt"));
     expect_death("no such text", run_shards, words, "text_to_shards: ", "nosuch.txt: No such file");
-    snprintf(words, sizeof words, "--out %s %s", path_of("r"), folder);
+    snprintf(words, sizeof words, "--out %s %s", test_path("r"), test_folder);
     expect_death("a directory as text", run_shards, words, "not a file", NULL);
-    snprintf(words, sizeof words, "--out %s/no/r %s", folder, path_of("a.txt"));
+    snprintf(words, sizeof words, "--out %s/no/r %s", test_folder, test_path("a.txt"));
     expect_death("nowhere to write", run_shards, words, "cannot be created: No such file", NULL);
     expect_death("no flag", run_shards, (void*)"--into x y",
                  "no flag --into; there are --out and --val-fraction", NULL);
@@ -1196,13 +1181,13 @@ static void test_plot_loss(void) {
         "train_time:1200ms step_avg:200.00ms\n"
         "step:10/10 val_loss:2.0 train_time:2000ms step_avg:200.00ms\nRESULT val_loss:2.0 "
         "target:3.28\n";
-    write_file(path_of("log.txt"), LOG, sizeof LOG - 1);
-    snprintf(words, sizeof words, "%s --out %s", folder, path_of("a.svg"));
+    test_write_file(test_path("log.txt"), LOG, sizeof LOG - 1);
+    snprintf(words, sizeof words, "%s --out %s", test_folder, test_path("a.svg"));
     const Child* c = child_run(run_plot, words);
     char wanted[700];
-    snprintf(wanted, sizeof wanted, "%s\n", path_of("a.svg"));
+    snprintf(wanted, sizeof wanted, "%s\n", test_path("a.svg"));
     test_true("prints the path", c->status == 0 && strcmp(c->out, wanted) == 0);
-    char* svg = read_file(path_of("a.svg"), NULL);
+    char* svg = read_file(test_path("a.svg"), NULL);
     test_true("val curve",
               strstr(svg, "class=\"val\" stroke=\"#0072b2\" d=\"M70.0 20.0L940.0 484.0\"") != NULL);
     test_true("train curve, without the NaN",
@@ -1214,18 +1199,18 @@ static void test_plot_loss(void) {
                                      strstr(svg, ">loss (nats per token)<"));
     free(svg);
 
-    FILE* file = fopen(path_of("many & <more>.txt"), "w");
+    FILE* file = fopen(test_path("many & <more>.txt"), "w");
     for (int i = 1; i <= 1200; i++)
         fprintf(file, "step:%d/1200 train_loss:%d train_time:%dms step_avg:1.00ms\n", i, i % 3,
                 10 * i);
     fclose(file);
     // The name holds spaces, so it goes in by a link without.
-    REQUIRE(symlink(path_of("many & <more>.txt"), path_of("m&<.txt")) == 0, "symlink: %s",
+    REQUIRE(symlink(test_path("many & <more>.txt"), test_path("m&<.txt")) == 0, "symlink: %s",
             strerror(errno));
     snprintf(words, sizeof words, "--by time --y-max 3 --target 0.5 --out %s %s %s",
-             path_of("b.svg"), path_of("m&<.txt"), path_of("log.txt"));
+             test_path("b.svg"), test_path("m&<.txt"), test_path("log.txt"));
     test_true("two logs", child_run(run_plot, words)->status == 0);
-    svg = read_file(path_of("b.svg"), NULL);
+    svg = read_file(test_path("b.svg"), NULL);
     test_true("thinned by means",
               strstr(svg, "train, mean of 3 steps") && !strstr(svg, "mean of 1 steps"));
     test_true("the means",
@@ -1236,8 +1221,8 @@ static void test_plot_loss(void) {
                                            strstr(svg, ">0.5</text>"));
     free(svg);
 
-    write_file(path_of("empty.txt"), "x\n", 2);
-    snprintf(words, sizeof words, "%s", path_of("empty.txt"));
+    test_write_file(test_path("empty.txt"), "x\n", 2);
+    snprintf(words, sizeof words, "%s", test_path("empty.txt"));
     expect_death("no lines", run_plot, words, "no line `step:S/N val_loss",
                  "is it the log.txt of a run?");
     expect_death("no log", run_plot, (void*)"", "usage: plot_loss", NULL);
@@ -1247,10 +1232,10 @@ static void test_plot_loss(void) {
                  "--by must be step or time, got 'loss'", NULL);
     expect_death("a bad number", run_plot, (void*)"--y-max -1 x",
                  "--y-max wants a number above 0, got '-1'", NULL);
-    snprintf(words, sizeof words, "--y-max 1 %s", path_of("log.txt"));
+    snprintf(words, sizeof words, "--y-max 1 %s", test_path("log.txt"));
     expect_death("nothing below y-max", run_plot, words,
                  "--y-max 1 is below every loss; the lowest is 2", NULL);
-    snprintf(words, sizeof words, "--out %s/no/a.svg %s", folder, path_of("log.txt"));
+    snprintf(words, sizeof words, "--out %s/no/a.svg %s", test_folder, test_path("log.txt"));
     expect_death("nowhere to write the plot", run_plot, words, "cannot be created: No such file",
                  NULL);
     expect_death("too many", run_plot, (void*)"1 2 3 4 5 6 7 8 9", "9 logs; more than 8", NULL);
@@ -1261,8 +1246,9 @@ static void test_plot_loss(void) {
 int main(int argc, char** argv) {
     program_name = "test_services";
     const char* temporary = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.200s/services.XXXXXX", temporary ? temporary : "/tmp");
-    REQUIRE(mkdtemp(folder), "%s: cannot be made: %s", folder, strerror(errno));
+    snprintf(test_folder, sizeof test_folder, "%.200s/services.XXXXXX",
+             temporary ? temporary : "/tmp");
+    REQUIRE(mkdtemp(test_folder), "%s: cannot be made: %s", test_folder, strerror(errno));
     test_init(argc, argv);
     if (test_group("common")) test_common();
     if (test_group("flags")) test_flags();
@@ -1280,7 +1266,7 @@ int main(int argc, char** argv) {
     if (test_group("text_to_shards")) test_text_to_shards();
     if (test_group("plot_loss")) test_plot_loss();
     char command[300];
-    snprintf(command, sizeof command, "rm -r '%s'", folder);
-    if (system(command) != 0) fprintf(stderr, "test_services: %s is left over\n", folder);
+    snprintf(command, sizeof command, "rm -r '%s'", test_folder);
+    if (system(command) != 0) fprintf(stderr, "test_services: %s is left over\n", test_folder);
     return test_summary();
 }

@@ -27,25 +27,10 @@ test/data/gpt2/vocab.bpe, is the one released with GPT-2.
 #include <unistd.h>
 
 static const char GPT2[] = "test/data/gpt2";
-static char folder[256];        // of this run's files; removed at the end
 static Tokenizer gpt2;
 static TokenizerWork work;
 
 // ---- files ---------------------------------------------------------------------------------
-
-static const char* path_of(const char* name) {
-    static char paths[8][512];
-    static int turn;
-    char* path = paths[turn++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
-    return path;
-}
-
-static void write_file(const char* path, const void* bytes, size_t n) {
-    FILE* file = fopen(path, "wb");
-    REQUIRE(file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0, "%s: %s", path,
-            strerror(errno));
-}
 
 // The whole file, ended by a 0 that does not count.
 static unsigned char* read_file(const char* path, size_t* n) {
@@ -496,10 +481,10 @@ static void shorts_make(void) {
     while (lines < 61) lines += joins[end++] == '\n';
     short_joins.bytes = (char*)joins;
     short_joins.n = end;
-    mkdir(path_of("short"), 0777);
-    write_file(path_of("short/vocab.bpe"), joins, end);
+    mkdir(test_path("short"), 0777);
+    test_write_file(test_path("short/vocab.bpe"), joins, end);
     Tokenizer t;
-    tokenizer_open(&t, path_of("short"));
+    tokenizer_open(&t, test_path("short"));
     make_encoder(&short_encoder, &t);
     make_ranks(&short_ranks, &t);
     tokenizer_close(&t);
@@ -514,15 +499,15 @@ static void test_vocabulary(void) {
     unsigned char* joins = read_file("test/data/gpt2/vocab.bpe", &n);
     make_encoder(&encoder, &gpt2);
     make_ranks(&ranks, &gpt2);
-    mkdir(path_of("both"), 0777);
-    write_file(path_of("both/vocab.bpe"), joins, n);
-    write_file(path_of("both/encoder.json"), encoder.bytes, encoder.n);
-    write_file(path_of("gpt2.tiktoken"), ranks.bytes, ranks.n);
+    mkdir(test_path("both"), 0777);
+    test_write_file(test_path("both/vocab.bpe"), joins, n);
+    test_write_file(test_path("both/encoder.json"), encoder.bytes, encoder.n);
+    test_write_file(test_path("gpt2.tiktoken"), ranks.bytes, ranks.n);
     static const char* const NAMES[] = { "both", "gpt2.tiktoken" };
     for (int i = 0; i < 2; i++) {
         Tokenizer t;
         TokenizerWork w;
-        tokenizer_open(&t, path_of(NAMES[i]));
+        tokenizer_open(&t, test_path(NAMES[i]));
         tokenizer_work_open(&w, &t);
         test_true("another spelling has the same hash", t.hash == gpt2.hash);
         test_true("and size", t.vocab == gpt2.vocab && t.end_of_text == gpt2.end_of_text);
@@ -542,13 +527,13 @@ static void test_vocabulary(void) {
     }
     fprintf(other.file, ", \"ab\": 258, \"bc\": 259, \"abc\": 260 }\n");
     fclose(other.file);
-    mkdir(path_of("other"), 0777);
-    write_file(path_of("other/encoder.json"), other.bytes, other.n);
+    mkdir(test_path("other"), 0777);
+    test_write_file(test_path("other/encoder.json"), other.bytes, other.n);
     static const char JOINS[] = "#version: 0.2\nb c\na b\nab c\na bc\n";
-    write_file(path_of("other/vocab.bpe"), JOINS, strlen(JOINS));
+    test_write_file(test_path("other/vocab.bpe"), JOINS, strlen(JOINS));
     Tokenizer t;
     TokenizerWork w;
-    tokenizer_open(&t, path_of("other"));
+    tokenizer_open(&t, test_path("other"));
     tokenizer_work_open(&w, &t);
     int ids[8];
     test_true("ids are encoder.json's", t.vocab == 261 && t.end_of_text == 0);
@@ -564,8 +549,8 @@ static void test_vocabulary(void) {
     fwrite(short_ranks.bytes, 1, short_ranks.n, alone.file);
     fprintf(alone.file, "eHl6eHl6 316\n");       // "xyzxyz"
     fclose(alone.file);
-    write_file(path_of("alone.tiktoken"), alone.bytes, alone.n);
-    tokenizer_open(&t, path_of("alone.tiktoken"));
+    test_write_file(test_path("alone.tiktoken"), alone.bytes, alone.n);
+    tokenizer_open(&t, test_path("alone.tiktoken"));
     tokenizer_work_open(&w, &t);
     test_true("a whole piece", tokenizer_encode(&w, ids, 8, "xyzxyz", 6) == 1 && ids[0] == 316);
     test_true("not a part of one", tokenizer_encode(&w, ids, 8, "xyzxyza", 7) == 7);
@@ -618,16 +603,16 @@ enum { JOINS_FILE, IDS_FILE, RANKS_FILE };
 
 // The short vocabulary with the first `from` of one file turned into `to`.
 static const char* broken_write(int which, const void* bytes, size_t n) {
-    mkdir(path_of("broken"), 0777);
+    mkdir(test_path("broken"), 0777);
     if (which == RANKS_FILE) {
-        write_file(path_of("broken.tiktoken"), bytes, n);
-        return path_of("broken.tiktoken");
+        test_write_file(test_path("broken.tiktoken"), bytes, n);
+        return test_path("broken.tiktoken");
     }
-    if (which == JOINS_FILE) write_file(path_of("broken/vocab.bpe"), bytes, n);
-    else write_file(path_of("broken/vocab.bpe"), short_joins.bytes, short_joins.n);
-    if (which == IDS_FILE) write_file(path_of("broken/encoder.json"), bytes, n);
-    else unlink(path_of("broken/encoder.json"));
-    return path_of("broken");
+    if (which == JOINS_FILE) test_write_file(test_path("broken/vocab.bpe"), bytes, n);
+    else test_write_file(test_path("broken/vocab.bpe"), short_joins.bytes, short_joins.n);
+    if (which == IDS_FILE) test_write_file(test_path("broken/encoder.json"), bytes, n);
+    else unlink(test_path("broken/encoder.json"));
+    return test_path("broken");
 }
 
 static const Text* short_file(int which) {
@@ -746,20 +731,20 @@ static void test_vocabulary_errors(void) {
     size_t last = short_joins.n - 1;
     while (short_joins.bytes[last - 1] != '\n') last--;
     broken_write(IDS_FILE, short_encoder.bytes, short_encoder.n);
-    write_file(path_of("broken/vocab.bpe"), short_joins.bytes, last);
-    bool died = !opens(path_of("broken"));
+    test_write_file(test_path("broken/vocab.bpe"), short_joins.bytes, last);
+    bool died = !opens(test_path("broken"));
     test_true("encoder.json shows that lines are missing",
               died && strstr(message, "vocab.bpe: line 61: found the end of the file") &&
                   strstr(message, "broken/encoder.json"));
-    died = !opens(path_of("nothing"));
+    died = !opens(test_path("nothing"));
     test_true("no such file", died && strstr(message, "nothing: No such file"));
-    unlink(path_of("broken/vocab.bpe"));
-    died = !opens(path_of("broken"));
+    unlink(test_path("broken/vocab.bpe"));
+    died = !opens(test_path("broken"));
     test_true("no vocab.bpe", died && strstr(message, "vocab.bpe: cannot be opened"));
-    mkdir(path_of("broken/vocab.bpe"), 0777);
-    died = !opens(path_of("broken"));
+    mkdir(test_path("broken/vocab.bpe"), 0777);
+    died = !opens(test_path("broken"));
     test_true("a folder is no vocab.bpe", died && strstr(message, "not a file"));
-    rmdir(path_of("broken/vocab.bpe"));
+    rmdir(test_path("broken/vocab.bpe"));
 
     die_ranks = catch_death;
     int id = gpt2.vocab;
@@ -792,7 +777,7 @@ static int words_split(char** argv, char* store, size_t size, const char* words)
         size_t n = strcspn(w, " ");
         argv[argc++] = store + at;
         bool ours = w[0] == '@';
-        if (ours) at += (size_t)snprintf(store + at, size - at, "%s/", folder);
+        if (ours) at += (size_t)snprintf(store + at, size - at, "%s/", test_folder);
         at += (size_t)snprintf(store + at, size - at, "%.*s", (int)n - ours, w + ours);
         store[at++] = 0;
         w += n + (w[n] == ' ');
@@ -833,14 +818,14 @@ static const Child* tool_run(Main tool, const char* input, const char* words) {
 
 static int files_like(const char* pattern) {
     glob_t found;
-    int n = glob(path_of(pattern), 0, NULL, &found) == 0 ? (int)found.gl_pathc : 0;
+    int n = glob(test_path(pattern), 0, NULL, &found) == 0 ? (int)found.gl_pathc : 0;
     globfree(&found);
     return n;
 }
 
 static void files_remove(const char* pattern) {
     glob_t found;
-    if (glob(path_of(pattern), 0, NULL, &found) == 0) {
+    if (glob(test_path(pattern), 0, NULL, &found) == 0) {
         for (size_t i = 0; i < found.gl_pathc; i++) unlink(found.gl_pathv[i]);
     }
     globfree(&found);
@@ -867,12 +852,12 @@ static bool shards_hold(const Ids* want, int64_t val, int64_t each) {
     for (int number = val ? 0 : 1; at < want->n; number++) {
         char name[64];
         snprintf(name, sizeof name, "out_%s_%06d.bin", number ? "train" : "val", number);
-        if (access(path_of(name), R_OK) != 0) return false;
-        int64_t tokens = shard_tokens(path_of(name)), room = number ? each : val;
+        if (access(test_path(name), R_OK) != 0) return false;
+        int64_t tokens = shard_tokens(test_path(name)), room = number ? each : val;
         int64_t left = (int64_t)(want->n - at);
         if (tokens != (left < room ? left : room)) return false;
         size_t n;
-        unsigned char* bytes = read_file(path_of(name), &n);
+        unsigned char* bytes = read_file(test_path(name), &n);
         bool same = memcmp(bytes + SHARD_HEADER_BYTES, want->id + at, 2 * (size_t)tokens) == 0;
         free(bytes);
         if (!same) return false;
@@ -941,8 +926,8 @@ static void test_tokenize(void) {
     ids_add(&want_lines, (const unsigned char*)"no newline", 10);
     fclose(lines.file);
     lines_n = lines.n;
-    write_file(path_of("lines.jsonl"), lines.bytes, lines_n);
-    write_gzip(path_of("lines.jsonl.gz"), lines.bytes, lines_n, true);
+    test_write_file(test_path("lines.jsonl"), lines.bytes, lines_n);
+    write_gzip(test_path("lines.jsonl.gz"), lines.bytes, lines_n, true);
 
     // A text in which some blocks have no place to be cut, and bytes that are no characters.
     unsigned char* text = (unsigned char*)host_alloc(n + 40000, 1);
@@ -951,15 +936,15 @@ static void test_tokenize(void) {
     for (size_t i = 0; i < 20000; i++) text[n + i] = LONG_LINE[i % 6];
     for (size_t i = 0; i < 5000; i++) text[n + 20000 + i] = (unsigned char)draw(256);
     memset(text + n + 25000, ' ', 15000);
-    write_file(path_of("text.txt"), text, n + 40000);
-    write_file(path_of("empty.txt"), "", 0);
+    test_write_file(test_path("text.txt"), text, n + 40000);
+    test_write_file(test_path("empty.txt"), "", 0);
     ids_add(&want_all, text, n + 40000);
     ids_add(&want_all, NULL, 0);
     want_all.id = (uint16_t*)block_grow(want_all.id, &want_all.room, want_all.n + want_lines.n, 2);
     memcpy(want_all.id + want_all.n, want_lines.id, 2 * want_lines.n);
     want_all.n += want_lines.n;
     ids_add(&want_all, (const unsigned char*)"Hello world", 11);
-    write_file(path_of("hello"), "Hello world", 11);
+    test_write_file(test_path("hello"), "Hello world", 11);
 
     static const size_t BLOCKS[] = { 100, 1000, 50000, 2 << 20 };
     for (int threads = 1; threads <= 4; threads++) {
@@ -971,13 +956,13 @@ static void test_tokenize(void) {
         snprintf(words, sizeof words, FORMAT, threads, (int)each, (int)val,
                  "@text.txt @empty.txt @lines.jsonl -");
         snprintf(name, sizeof name, "%d threads, blocks of %zu bytes", threads, block_bytes);
-        const Child* c = tool_run(tokenize_main, path_of("hello"), words);
+        const Child* c = tool_run(tokenize_main, test_path("hello"), words);
         if (!test_true(name, c->status == 0 && c->err[0] == 0 && shards_hold(&want_all, val, each)))
             printf("      status %d: %s\n%s\n", c->status, c->out, c->err);
         files_remove("out_*");
         snprintf(words, sizeof words, FORMAT, threads, (int)each, (int)val,
                  threads % 2 ? "@lines.jsonl.gz" : "-.jsonl.gz");
-        c = tool_run(tokenize_main, path_of("lines.jsonl.gz"), words);
+        c = tool_run(tokenize_main, test_path("lines.jsonl.gz"), words);
         bool ok = c->status == 0 && c->err[0] == 0 && shards_hold(&want_lines, val, each);
         if (!test_true("compressed", ok))
             printf("      status %d: %s\n%s\n", c->status, c->out, c->err);
@@ -985,7 +970,7 @@ static void test_tokenize(void) {
     }
     block_bytes = 1000;
 
-    const Child* c = tool_run(tokenize_main, path_of("hello"),
+    const Child* c = tool_run(tokenize_main, test_path("hello"),
         "tokenize --tokenizer test/data/gpt2 --ids");
     test_true("--ids", c->status == 0 && strcmp(c->out, "15496 995\n") == 0);
     c = tool_run(tokenize_main, NULL, "tokenize --tokenizer test/data/gpt2 --ids");
@@ -1068,7 +1053,7 @@ static void test_tokenize_errors(void) {
                               "@bad2.jsonl";
     for (size_t i = 0; i < sizeof LINES / sizeof *LINES; i++) {
         for (int file = 0; file < 2; file++) {
-            FILE* out = fopen(path_of(file ? "bad2.jsonl" : "bad.jsonl"), "wb");
+            FILE* out = fopen(test_path(file ? "bad2.jsonl" : "bad.jsonl"), "wb");
             for (int k = 0; k < 200; k++) fprintf(out, "%s", k == 100 - file ? "" : GOOD);
             rewind(out);
             for (int k = 0; k < 100; k++) fprintf(out, "%s", GOOD);
@@ -1088,7 +1073,7 @@ static void test_tokenize_errors(void) {
     fprintf(deep.file, "{\"a\": ");
     for (int i = 0; i < 100000; i++) fputc('[', deep.file);
     fclose(deep.file);
-    write_file(path_of("deep.jsonl"), deep.bytes, deep.n);
+    test_write_file(test_path("deep.jsonl"), deep.bytes, deep.n);
     free(deep.bytes);
     char* gzip_bytes;
     size_t gzip_n;
@@ -1098,11 +1083,11 @@ static void test_tokenize_errors(void) {
         fprintf(lines.file, "{\"text\": \"%" PRIx64 "\"}\n", test_random(23, i));
     }
     fclose(lines.file);
-    write_gzip(path_of("whole.jsonl.gz"), lines.bytes, lines.n, false);
-    gzip_bytes = (char*)read_file(path_of("whole.jsonl.gz"), &gzip_n);
+    write_gzip(test_path("whole.jsonl.gz"), lines.bytes, lines.n, false);
+    gzip_bytes = (char*)read_file(test_path("whole.jsonl.gz"), &gzip_n);
     bool ok = true;
     for (size_t n = 0; n < gzip_n && ok; n += n < 20 ? 1 : gzip_n / 10) {
-        write_file(path_of("cut.jsonl.gz"), gzip_bytes, n);
+        test_write_file(test_path("cut.jsonl.gz"), gzip_bytes, n);
         const Child* c = tool_run(tokenize_main, NULL,
             "tokenize --tokenizer @short --out @out @cut.jsonl.gz");
         char place[100];
@@ -1112,15 +1097,15 @@ static void test_tokenize_errors(void) {
     }
     test_true("a gzip file cut anywhere", ok);
     gzip_bytes[gzip_n / 4] ^= 0x55;
-    write_file(path_of("cut.jsonl.gz"), gzip_bytes, gzip_n);
-    write_file(path_of("none.jsonl"), "\n \n", 3);
-    write_file(path_of("tail.jsonl.gz"), gzip_bytes, gzip_n);
-    write_gzip(path_of("tail.jsonl.gz"), lines.bytes, lines.n, false);
-    FILE* tail = fopen(path_of("tail.jsonl.gz"), "ab");
+    test_write_file(test_path("cut.jsonl.gz"), gzip_bytes, gzip_n);
+    test_write_file(test_path("none.jsonl"), "\n \n", 3);
+    test_write_file(test_path("tail.jsonl.gz"), gzip_bytes, gzip_n);
+    write_gzip(test_path("tail.jsonl.gz"), lines.bytes, lines.n, false);
+    FILE* tail = fopen(test_path("tail.jsonl.gz"), "ab");
     fputs("what is this", tail);
     fclose(tail);
-    write_file(path_of("plain.jsonl.gz"), lines.bytes, lines.n);
-    write_file(path_of("there_val_000000.bin"), "x", 1);
+    test_write_file(test_path("plain.jsonl.gz"), lines.bytes, lines.n);
+    test_write_file(test_path("there_val_000000.bin"), "x", 1);
     free(lines.bytes);
     free(gzip_bytes);
 
@@ -1186,14 +1171,14 @@ static void test_tokenize_errors(void) {
 static void test_train_bpe(void) {
     size_t n;
     unsigned char* s = text_make(&n);
-    write_file(path_of("train.txt"), s, n);
+    test_write_file(test_path("train.txt"), s, n);
     const Child* c = tool_run(train_bpe_main, NULL, "train_bpe --vocab 1757 --out @bpe @train.txt");
     test_true("it runs", c->status == 0 && strstr(c->out, "1757 tokens"));
-    uint64_t hash = file_hash(path_of("bpe/vocab.bpe"));
+    uint64_t hash = file_hash(test_path("bpe/vocab.bpe"));
     test_true("the joins are those of Hugging Face tokenizers", hash == JOINS_HASH);
     Tokenizer t;
     TokenizerWork w;
-    tokenizer_open(&t, path_of("bpe"));
+    tokenizer_open(&t, test_path("bpe"));
     tokenizer_work_open(&w, &t);
     test_true("the vocabulary opens", t.vocab == 1757 && t.end_of_text == 1756);
     test_true("text returns", bytes_return(&w, s, 100000));
@@ -1204,11 +1189,11 @@ static void test_train_bpe(void) {
     static const char RUN[] = "aaaaaaa aaaaa aaaa aaaa baab";
     static const char JOINS[] = "#version: 0.2\na a\naa aa\n\xc4\xa0 aaaa\nb aa\n\xc4\xa0 baa\n"
                                 "aa a\naaaa aaa\n";
-    write_file(path_of("run.txt"), RUN, strlen(RUN));
+    test_write_file(test_path("run.txt"), RUN, strlen(RUN));
     c = tool_run(train_bpe_main, NULL, "train_bpe --vocab 264 --out @run @run.txt");
-    unsigned char* joins = read_file(path_of("run/vocab.bpe"), &n);
+    unsigned char* joins = read_file(test_path("run/vocab.bpe"), &n);
     test_true("runs of a letter", c->status == 0 && strcmp((char*)joins, JOINS) == 0);
-    tokenizer_open(&t, path_of("run"));
+    tokenizer_open(&t, test_path("run"));
     tokenizer_close(&t);
     free(joins);
 
@@ -1229,7 +1214,7 @@ static void test_train_bpe(void) {
         if (!test_true(RUNS[i].part, c->status == 1 && strstr(c->err, RUNS[i].part)))
             printf("      status %d: %s\n", c->status, c->err);
     }
-    test_true("an error changes nothing", file_hash(path_of("bpe/vocab.bpe")) == JOINS_HASH &&
+    test_true("an error changes nothing", file_hash(test_path("bpe/vocab.bpe")) == JOINS_HASH &&
               files_like("bpe/*") == 2);
     free(s);
 }
@@ -1321,8 +1306,8 @@ static void fuzz_corpus_make(void) {
         at += length;
     }
     fclose(fuzz_corpus.file);
-    write_gzip(path_of("corpus.gz"), fuzz_corpus.bytes, fuzz_corpus.n, true);
-    fuzz_corpus_zipped.bytes = (char*)read_file(path_of("corpus.gz"), &fuzz_corpus_zipped.n);
+    write_gzip(test_path("corpus.gz"), fuzz_corpus.bytes, fuzz_corpus.n, true);
+    fuzz_corpus_zipped.bytes = (char*)read_file(test_path("corpus.gz"), &fuzz_corpus_zipped.n);
     free(s);
 }
 
@@ -1357,7 +1342,7 @@ static bool fuzz_file(void) {
     const Text* whole = zipped ? &fuzz_corpus_zipped : &fuzz_corpus;
     const char* name = zipped ? "fuzz.jsonl.gz" : "fuzz.jsonl";
     size_t n = mutate(bytes, whole, sizeof bytes);
-    write_file(path_of(name), bytes, n);
+    test_write_file(test_path(name), bytes, n);
     char words[200];
     snprintf(words, sizeof words, "tokenize --tokenizer @short --out @out --threads 2 @%s", name);
     block_bytes = 100 + draw(2000);
@@ -1365,7 +1350,7 @@ static bool fuzz_file(void) {
     bool ok;
     if (c->status == 0) {
         ok = c->err[0] == 0 && files_like("out_*") == 1 &&
-            shard_tokens(path_of("out_train_000001.bin"));
+            shard_tokens(test_path("out_train_000001.bin"));
     } else {
         const char* first = strstr(c->err, "tokenize: ");
         bool empty = strstr(c->err, "no documents");
@@ -1475,8 +1460,9 @@ int main(int argc, char** argv) {
         return fwrite(s, 1, n, stdout) == n ? 0 : 1;
     }
     const char* temporary = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.200s/tokenizer.XXXXXX", temporary ? temporary : "/tmp");
-    REQUIRE(mkdtemp(folder), "%s: cannot be made: %s", folder, strerror(errno));
+    snprintf(test_folder, sizeof test_folder, "%.200s/tokenizer.XXXXXX",
+             temporary ? temporary : "/tmp");
+    REQUIRE(mkdtemp(test_folder), "%s: cannot be made: %s", test_folder, strerror(errno));
     shorts_make();
     int status;
     if (strcmp(mode, "fuzz") == 0) {
@@ -1499,8 +1485,8 @@ int main(int argc, char** argv) {
         status = test_summary();
     }
     char command[300];
-    snprintf(command, sizeof command, "rm -r '%s'", folder);
-    if (system(command) != 0) fprintf(stderr, "test_tokenizer: %s is left over\n", folder);
+    snprintf(command, sizeof command, "rm -r '%s'", test_folder);
+    if (system(command) != 0) fprintf(stderr, "test_tokenizer: %s is left over\n", test_folder);
     free(short_joins.bytes);
     free(short_encoder.bytes);
     free(short_ranks.bytes);
