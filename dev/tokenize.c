@@ -79,14 +79,6 @@ typedef struct Pipeline {
     pthread_cond_t is_free, is_read, is_done;
 } Pipeline;
 
-static void* block_grow(void* p, size_t* room, size_t wanted, size_t size) {
-    if (wanted <= *room) return p;
-    *room = wanted + wanted / 2;
-    p = realloc(p, *room * size);
-    REQUIRE(p, "out of memory: %zu x %zu bytes for a block", *room, size);
-    return p;
-}
-
 // ---- reading -------------------------------------------------------------------------------
 
 typedef struct Source {
@@ -224,14 +216,14 @@ static bool file_read(Pipeline* p, const char* path) {
         b->line = line;
         b->offset = offset;
         size_t cut = 0;
-        b->text = (unsigned char*)block_grow(b->text, &b->room, rest_n + block_bytes, 1);
+        b->text = (unsigned char*)array_grow(b->text, &b->room, rest_n + block_bytes, 1);
         if (rest_n > 0) memcpy(b->text, rest, rest_n);
         b->n = rest_n;
         for (size_t goal = block_bytes; ok && !ended && cut == 0; goal *= 2) {
             while (b->n < goal && ok && !ended) {
                 size_t part = goal - b->n;
                 if (part > block_bytes) part = block_bytes;
-                b->text = (unsigned char*)block_grow(b->text, &b->room, b->n + part, 1);
+                b->text = (unsigned char*)array_grow(b->text, &b->room, b->n + part, 1);
                 ssize_t got = source_read(&source, b->text + b->n, part);
                 ok = got >= 0;
                 ended = got == 0;
@@ -256,7 +248,7 @@ static bool file_read(Pipeline* p, const char* path) {
         }
         if (!ended) {
             rest_n = b->n - cut;
-            rest = (unsigned char*)block_grow(rest, &rest_room, rest_n + 1, 1);
+            rest = (unsigned char*)array_grow(rest, &rest_room, rest_n + 1, 1);
             memcpy(rest, b->text + cut, rest_n);
             b->n = cut;
         }
@@ -300,9 +292,9 @@ typedef struct Worker {
 
 static void block_encode(Worker* w, Block* b, bool opens, const unsigned char* text, size_t n) {
     const Tokenizer* t = w->pipeline->tokenizer;
-    w->ids = (int*)block_grow(w->ids, &w->ids_room, n, sizeof(int));
+    w->ids = (int*)array_grow(w->ids, &w->ids_room, n, sizeof(int));
     size_t count = tokenizer_encode(&w->work, w->ids, n, text, n);
-    b->ids = (uint16_t*)block_grow(b->ids, &b->ids_room, b->ids_n + count + 1, sizeof(uint16_t));
+    b->ids = (uint16_t*)array_grow(b->ids, &b->ids_room, b->ids_n + count + 1, sizeof(uint16_t));
     if (opens) b->ids[b->ids_n++] = (uint16_t)t->end_of_text;
     b->documents += opens;
     for (size_t i = 0; i < count; i++) b->ids[b->ids_n + i] = (uint16_t)w->ids[i];
@@ -579,7 +571,7 @@ static void print_ids(const Tokenizer* t) {
     unsigned char* text = NULL;
     size_t n = 0, room = 0;
     for (size_t got = 1; got > 0; n += got) {
-        text = (unsigned char*)block_grow(text, &room, n + block_bytes, 1);
+        text = (unsigned char*)array_grow(text, &room, n + block_bytes, 1);
         got = fread(text + n, 1, block_bytes, stdin);
     }
     REQUIRE(!ferror(stdin), "standard input: byte %zu: %s", n, strerror(errno));

@@ -42,14 +42,6 @@ typedef struct Pieces {
     int table_bits;
 } Pieces;
 
-static void* array_grow(void* p, size_t* room, size_t wanted, size_t size) {
-    if (wanted <= *room) return p;
-    *room = 2 * wanted;
-    p = realloc(p, *room * size);
-    REQUIRE(p, "out of memory: %zu x %zu bytes", *room, size);
-    return p;
-}
-
 static void pieces_rehash(Pieces* p) {
     size_t size = (size_t)1 << ++p->table_bits;
     free(p->table);

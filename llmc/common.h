@@ -94,6 +94,16 @@ static inline void* host_alloc(size_t count, size_t size) {
     return p;
 }
 
+// Room for `wanted` elements of `size` bytes, and half as many again, or the program ends. *room is
+// what there was, and then what there is; what is added is not zeroed.
+static inline void* array_grow(void* p, size_t* room, size_t wanted, size_t size) {
+    if (wanted <= *room) return p;
+    *room = wanted + wanted / 2;
+    p = realloc(p, *room * size);
+    REQUIRE(p, "out of memory: %zu x %zu bytes of host memory are not to be had", *room, size);
+    return p;
+}
+
 // A 64-bit FNV-1a hash, to tell differences; no protection against intent.
 #define HASH_START 14695981039346656037ull
 static inline uint64_t hash_bytes(uint64_t hash, const void* data, size_t n) {

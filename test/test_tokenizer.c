@@ -840,7 +840,7 @@ typedef struct Ids {
 static void ids_add(Ids* ids, const unsigned char* s, size_t n) {
     int* made = (int*)host_alloc(n, sizeof(int));
     size_t count = tokenizer_encode(&work, made, n, s, n);
-    ids->id = (uint16_t*)block_grow(ids->id, &ids->room, ids->n + count + 1, sizeof(uint16_t));
+    ids->id = (uint16_t*)array_grow(ids->id, &ids->room, ids->n + count + 1, sizeof(uint16_t));
     ids->id[ids->n++] = (uint16_t)gpt2.end_of_text;
     for (size_t i = 0; i < count; i++) ids->id[ids->n++] = (uint16_t)made[i];
     free(made);
@@ -940,7 +940,7 @@ static void test_tokenize(void) {
     test_write_file(test_path("empty.txt"), "", 0);
     ids_add(&want_all, text, n + 40000);
     ids_add(&want_all, NULL, 0);
-    want_all.id = (uint16_t*)block_grow(want_all.id, &want_all.room, want_all.n + want_lines.n, 2);
+    want_all.id = (uint16_t*)array_grow(want_all.id, &want_all.room, want_all.n + want_lines.n, 2);
     memcpy(want_all.id + want_all.n, want_lines.id, 2 * want_lines.n);
     want_all.n += want_lines.n;
     ids_add(&want_all, (const unsigned char*)"Hello world", 11);
