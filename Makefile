@@ -94,6 +94,8 @@ $(O)/%: dev/%.cu $(HOST_OBJ) $(HOST_LINK)
 	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
 $(O)/test_ranks: test/test_ranks.c $(HOST_LINK)
 	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread $(MPI_LIBS) -o $@
+# Mutated input is for both sanitizers at once.
+$(O)/test_loader $(O)/test_tokenizer: SAN_FLAGS += $(if $(filter address,$(SAN)),-fsanitize=undefined -fno-sanitize-recover=undefined)
 $(O)/test_tokenizer: test/test_tokenizer.c
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
@@ -130,13 +132,13 @@ else
 RUNS   += $(O)/test_model $(O)/test_golden,$(call list,$(GOLDEN)) test/cli.sh,$(O)/train_gpt2_cpu
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address bf16undefined),)
-RUNS   += $(O)/test_services $(if $(filter undefined,$(SAN)),,$(O)/test_tokenizer)
+RUNS   += $(O)/test_services $(O)/test_roofline $(if $(filter undefined,$(SAN)),,$(O)/test_tokenizer)
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread bf16undefined),)
 RUNS   += $(O)/test_loader
 endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
-RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server
+RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server test/compare_logs.sh,$(O)/compare_logs test/generate.sh,$(O)/train_gpt2_cpu
 endif
 # Under mpirun: np=N:PROGRAM is N ranks of it. 3 divides no bucket of eight layers, 8 divides them all.
 ifneq ($(NCCL),0)
@@ -152,7 +154,7 @@ else
 RUNS   += $(if $(filter thread,$(SAN)),$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)$(if $(filter thread,$(SAN)),file,modern))
 endif
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone) $(if $(filter test/download.sh%,$(RUNS)),$(O)/http_server)
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone) $(if $(filter test/download.sh%,$(RUNS)),$(O)/http_server $(O)/compare_logs $(O)/tokenize $(O)/train_bpe)
 RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))
@@ -169,8 +171,9 @@ test-124m: $(TOOLS)      ## three steps at the full size on the CPU: loss, memor
 	test/full_size.sh $(O)/train_gpt2_cpu
 test-nvcc:               ## compiles and links for three GPU architectures, compares dev/kernels.txt
 	test/nvcc.sh
-fuzz: $(O)/test_loader   ## a minute of mutated token shards; best with SAN=address EXTRA=-fsanitize=undefined
-	$(STILL) $< fuzz 60
+FUZZ_SECONDS ?= 30
+fuzz: $(O)/test_loader $(O)/test_tokenizer     ## half a minute each of mutated shards, vocabularies and texts; best with SAN=address
+	RUN_UNDER="$(STILL)" test/fuzz.sh $(FUZZ_SECONDS) $^
 mutations:               ## breaks the kernels one way after another and expects red tests (minutes)
 	test/mutate.sh
 bench: $(O)/bench        ## ns per element and GFLOP/s of each kernel, time of the 124M step by kernel

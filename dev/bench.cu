@@ -15,6 +15,7 @@ needed: tokens and tensors are random.
 */
 #define TRAIN_GPT2_NO_MAIN
 #include "../train_gpt2.cu"
+#include "../llmc/fp8.cuh"
 
 // ---- tensors -------------------------------------------------------------------------------
 
@@ -168,6 +169,34 @@ static const char* shape_text(const char* fmt, ...) {
 static const double AIM_ELEMENT = 2, AIM_ROW = 4, AIM_ATTENTION = 8;
 static const double X = sizeof(floatX);
 
+// The head in 8 bits: R rows of logits.
+static void bench_fp8(int R, int C, int V, Matmul* mm) {
+    size_t n = (size_t)R * V, nw = (size_t)V * C;
+    floatX *logits = bench_tensor(n), *w = bench_tensor(nw);
+    float* losses = bench_floats(R);
+    uint8_t *g = (uint8_t*)bench_alloc(2 * n), *w8 = (uint8_t*)bench_alloc(2 * nw);
+    int *targets = (int*)bench_alloc(R * sizeof(int)), *host = (int*)host_alloc(R, sizeof(int));
+    bench_tokens(host, R, V, 2);
+    CUDA_CHECK(cudaMemcpy(targets, host, R * sizeof(int), cudaMemcpyHostToDevice));
+    for (Row r = row_begin("fp8_quantize_e4m3", shape_text("%d x %d", V, C), NS_PER_ELEMENT, nw,
+                           (X + 2) * nw, 0);
+         row_again(&r);)
+        fp8_quantize_e4m3(w8, w8 + nw, w, V, C, 32, stream);
+    for (Row r = row_begin("cross_entropy_fp8", shape_text("%d x %d", R, V), NS_PER_ELEMENT, n,
+                           (2 * X + 2) * n, 0);
+         row_again(&r);)
+        cross_entropy_fp8(g, g + n, logits, losses, targets, R, V, SOFTCAP_SIGMOID, 30, 1, 448,
+                          stream);
+    for (Row r = row_begin("matmul_fp8", shape_text("%d x %d x %d", R, C, V), GFLOPS, 2.0 * n * C,
+                           0, 0);
+         row_again(&r);)
+        matmul_fp8(logits, false, g, FP8_E5M2, w8 + nw, FP8_E4M3, R, C, V, 0x1p-14f, 0, false, mm,
+                   stream);
+    void* all[] = {logits, w, losses, g, w8, targets};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
+    free(host);
+}
+
 static void bench_rows(int N, int C, int F, int V) {
     size_t n = (size_t)N * C, nf = (size_t)N * F;
     floatX *x = bench_tensor(nf), *y = bench_tensor(nf), *z = bench_tensor(nf);
@@ -266,50 +295,75 @@ static void bench_optimizers(size_t n, Matmul* mm) {
     float* master = bench_floats(n);
     float* partial = bench_floats(grad_norm_scratch_floats(n) + 4);
     floatX* p = bench_tensor(n);
+    float* second = bench_floats(4 * 3072);
     CUDA_CHECK(cudaMemset(v, 0, n * sizeof(float)));
+    CUDA_CHECK(cudaMemset(second, 0, 4 * 3072 * sizeof(float)));
     const char* shape = shape_text("%zu", n);
+    AdamRule adam = {};
+    adam.beta1 = 0.9, adam.beta2 = 0.95, adam.eps = 1e-8f;
     for (Row r = row_begin("grad_norm", shape, NS_PER_ELEMENT, n, 4.0 * n, AIM_ELEMENT);
          row_again(&r);)
         grad_norm(partial, g, n, false, partial + 4, stream);
     for (Row r = row_begin("adamw_update", shape, NS_PER_ELEMENT, n, (24 + 2 * X) * n, AIM_ELEMENT);
          row_again(&r);)
-        adamw_update(p, FLOATX_IS_BF16 ? master : (float*)p, g, m, v, n, 1e-4f, 0.9, 0.95, 1e-8f, 0,
-                     1, false, stream);
+        adamw_update(p, FLOATX_IS_BF16 ? master : (float*)p, g, m, v, n, 1e-4f, &adam, 1, stream);
+    adam.bf16_grad = adam.bf16_state = adam.bf16_param = true;
+    for (Row r = row_begin("adamw_update, bf16", shape, NS_PER_ELEMENT, n, (20 + 2 * X) * n, 0);
+         row_again(&r);)
+        adamw_update(p, NULL, g, m, v, n, 1e-4f, &adam, 1, stream);
     int shapes[2][3] = {{4, 768, 768}, {2, 3072, 768}};
     for (int i = 0; i < 2; i++) {
         int count = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
         double k = rows < cols ? rows : cols, longer = rows < cols ? cols : rows;
         double flop = count * 5 * 2 * k * k * (2 * longer + k);
-        size_t bytes = muon_scratch_bytes(count, rows, cols);
+        MuonRule muon = {}, normuon = {};
+        muon.steps = normuon.steps = 5, muon.momentum = normuon.momentum = 0.95f;
+        normuon.form = MUON_FORM_LERP, normuon.polar = true, normuon.beta2 = 0.95f;
+        normuon.second_by_row = i == 1, normuon.cautious_decay = 1.2f;
+        size_t bytes = muon_scratch_bytes(count, rows, cols, &normuon);
         void* scratch = bench_alloc(bytes);
         shape = shape_text("%d x %d x %d", count, rows, cols);
         for (Row r = row_begin("newton_schulz", shape, GFLOPS, flop, 0, 0); row_again(&r);)
-            newton_schulz(p, g, count, rows, cols, 5, scratch, bytes, mm, stream);
+            newton_schulz(p, g, count, rows, cols, &muon, scratch, bytes, mm, stream);
         float scale[4] = {1, 1, 1, 1};
         int place[4] = {0, 1, 2, 3};
         for (Row r = row_begin("muon_update", shape, GFLOPS, flop, 0, 0); row_again(&r);)
-            muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, place, count, rows, cols,
-                        (size_t)rows * cols, scale, 1e-3f, 0.95f, MUON_FORM_SUM, 5, scratch, bytes,
-                        mm, stream);
+            muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, NULL, place, count, rows, cols,
+                        (size_t)rows * cols, scale, 1e-3f, &muon, scratch, bytes, mm, stream);
+        for (Row r = row_begin("muon_update, normuon", shape, GFLOPS, flop, 0, 0); row_again(&r);)
+            muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, second, place, count, rows, cols,
+                        (size_t)rows * cols, scale, 1e-3f, &normuon, scratch, bytes, mm, stream);
         CUDA_CHECK(cudaFree(scratch));
     }
-    void* all[] = {g, m, v, master, partial, p};
+    MuonRule gates = {};
+    gates.form = MUON_FORM_LERP, gates.polar = true, gates.steps = 5, gates.momentum = 0.95f;
+    gates.beta2 = 0.95f, gates.cautious_decay = 1.2f;
+    for (Row r = row_begin("gate_update", "10 x 6 x 12", NS_PER_ELEMENT, 720, 20 * 720, 0);
+         row_again(&r);)
+        gate_update(master, m, second, g, 10, 6, 12, 72, 1e-3f, &gates, false, stream);
+    void* all[] = {g, m, v, master, partial, p, second};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
 }
 
 // Pairs of a row and a column of scores that are computed: a warp skips a tile that is all hidden.
-static double tile_pairs(int T, int block_rows, int warp_rows, int columns, bool key_rows) {
+// Query t sees `window` keys before it.
+static double tile_pairs(int T, int window, int block_rows, int warp_rows, int columns,
+                         bool key_rows) {
     double pairs = 0;
     for (int r = 0; r < (int)ceil_div(T, block_rows) * block_rows; r += warp_rows) {
         for (int c = 0; c < T; c += columns) {
-            bool hidden = key_rows ? r > c + columns - 1 : c > r + warp_rows - 1;
+            int query = key_rows ? c : r, queries = key_rows ? columns : warp_rows;
+            int key = key_rows ? r : c, keys = key_rows ? warp_rows : columns;
+            bool hidden = key > query + queries - 1 || query - (key + keys - 1) > window;
             if (!hidden) pairs += (double)warp_rows * columns;
         }
     }
     return pairs;
 }
 
-template <int D> static void bench_attention(int B, int T, int C) {
+// window ATTENTION_NO_WINDOW: no bounds. Rows that differ in the window alone and agree in GFLOP/s
+// take time in proportion to the tiles in sight.
+template <int D> static void bench_attention(int B, int T, int C, int window) {
     typedef AttentionTiles<D> Tiles;
     int H = C / D, N = B * T;
     size_t n = (size_t)N * C;
@@ -317,24 +371,31 @@ template <int D> static void bench_attention(int B, int T, int C) {
     floatX* dout = bench_tensor(n);
     float *lse = bench_floats((size_t)N * H), *delta = bench_floats((size_t)N * H);
     float scale = 1 / sqrtf((float)D);
-    double flop = 4.0 * D * tile_pairs(T, Tiles::FORWARD_QUERIES, 16 * Tiles::FORWARD_MT,
+    int *first = NULL, *last = NULL;
+    if (window < T) {
+        first = (int*)bench_alloc(N * sizeof(int)), last = (int*)bench_alloc(N * sizeof(int));
+        attention_bounds(first, last, NULL, 0, B, T, window, 1, stream);
+    }
+    double flop = 4.0 * D * tile_pairs(T, window, Tiles::FORWARD_QUERIES, 16 * Tiles::FORWARD_MT,
                                        Tiles::FORWARD_KEYS, false);
-    double back = 8.0 * D * tile_pairs(T, Tiles::DKV_KEYS, 16 * Tiles::DKV_MT, Tiles::DKV_QUERIES,
-                                       true) +
-                  6.0 * D * tile_pairs(T, Tiles::DQ_QUERIES, 16 * Tiles::DQ_MT, Tiles::DQ_KEYS,
-                                       false);
+    double back = 8.0 * D * tile_pairs(T, window, Tiles::DKV_KEYS, 16 * Tiles::DKV_MT,
+                                       Tiles::DKV_QUERIES, true) +
+                  6.0 * D * tile_pairs(T, window, Tiles::DQ_QUERIES, 16 * Tiles::DQ_MT,
+                                       Tiles::DQ_KEYS, false);
     double heads = (double)B * H;
-    const char* shape = shape_text("%d x T=%d, D=%d", B * H, T, D);
+    const char* shape = first ? shape_text("T=%d, W=%d, D=%d", T, window, D)
+                              : shape_text("%d x T=%d, D=%d", B * H, T, D);
     double aim = FLOATX_IS_BF16 ? 0 : AIM_ATTENTION;
     for (Row r = row_begin("attention_forward", shape, GFLOPS, heads * flop, 0, aim);
          row_again(&r);)
-        attention_forward(out, lse, qkv, qkv + C, qkv + 2 * C, B, T, H, D, 3 * C, 3 * C, scale,
-                          stream);
+        attention_forward(out, lse, qkv, qkv + C, qkv + 2 * C, first, B, T, H, D, 3 * C, 3 * C,
+                          scale, 0, stream);
     for (Row r = row_begin("attention_backward", shape, GFLOPS, heads * back, 0, aim);
          row_again(&r);)
         attention_backward(dqkv, dqkv + C, dqkv + 2 * C, delta, dout, out, lse, qkv, qkv + C,
-                           qkv + 2 * C, B, T, H, D, 3 * C, 3 * C, 3 * C, 3 * C, scale, stream);
-    void* all[] = {qkv, dqkv, out, dout, lse, delta};
+                           qkv + 2 * C, first, last, B, T, H, D, 3 * C, 3 * C, 3 * C, 3 * C, scale,
+                           stream);
+    void* all[] = {qkv, dqkv, out, dout, lse, delta, first, last};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
 }
 
@@ -357,6 +418,13 @@ static void bench_matmul(const char* kind, int M, int N, int K, Matmul* mm) {
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
 }
 
+// A long sequence, for windows: as the trainer has it, or as one core has the patience for.
+#ifdef __CUDACC__
+enum { LONG_T = 65536, LONG_C = 768 };
+#else
+enum { LONG_T = 4096, LONG_C = 128 };
+#endif
+
 static void bench_kernels(void) {
     int N = 1024, C = 768, F = 4 * C, V = 50304, R = 256;
     static Matmul mm;
@@ -373,9 +441,14 @@ static void bench_kernels(void) {
     bench_rotary(N, 256, C, 64);
     bench_rotary(N, 256, C, 128);
     bench_loss(R, V);
+    bench_fp8(R, C, V, &mm);
     bench_optimizers((size_t)6144 * 768, &mm);
-    bench_attention<64>(1, 512, C);
-    bench_attention<128>(1, 512, C);
+    bench_attention<64>(1, 512, C, ATTENTION_NO_WINDOW);
+    bench_attention<128>(1, 512, C, ATTENTION_NO_WINDOW);
+    bench_attention<128>(1, LONG_T, LONG_C, ATTENTION_NO_WINDOW);
+    for (int window = 1024; window >= 256; window /= 2) {
+        bench_attention<128>(1, LONG_T, LONG_C, window);
+    }
     bench_matmul("matmul_nt", N, 3 * C, C, &mm);
     bench_matmul("matmul_nt", N, C, C, &mm);
     bench_matmul("matmul_nt", N, F, C, &mm);
@@ -447,18 +520,18 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
     model_build(&model, &cfg, 0, 1);
     model_start(&model, NULL);
     double best = 0;
-    Schedule now = schedule_at(&cfg, 1);
     for (int step = 0; step < steps; step++) {
         int N = B * T;
+        model_at(&model, step);
         batch_wait(&model);
-        bench_tokens(model.tokens_host, N, model.V, 2 * step);
-        bench_tokens(model.targets_host, N, model.V, 2 * step + 1);
+        bench_tokens(model.host.inputs, N, model.V, 2 * step);
+        bench_tokens(model.host.targets, N, model.V, 2 * step + 1);
         profile_start();
         double begin = clock_now();
-        micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / (float)N);
+        micro_step(&model, &model.host, 0);
         StepStats stats = step_stats(&model, false);
         REQUIRE(stats.finite, "the loss of step %d is not finite", step + 1);
-        update(&model, step + 1, now);
+        update(&model);
         CUDA_CHECK(cudaStreamSynchronize(model.stream));
         double seconds = clock_now() - begin;
         bool better = step == 0 || seconds < best;

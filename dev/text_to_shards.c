@@ -13,7 +13,7 @@ test        test/test_services.c: text_to_shards
 */
 #include "llmc/common.h"
 #include "llmc/dataloader.h"
-#include "llmc/sampler.h"
+#include "llmc/text.h"
 
 enum { TOKENS_PER_SHARD = 100000000 };
 

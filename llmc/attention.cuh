@@ -1,7 +1,8 @@
 /*
-Causal attention, forward and backward, in one pass over the keys and without the (T, T) matrix.
+Attention, causal and within documents and windows, forward and backward, in one pass over the keys
+and without the (T, T) matrix.
 
-    s    = scale q kᵀ                 query t sees the keys 0..t
+    s    = scale q kᵀ                 query t sees the keys first[t]..t
     p    = exp(s - lse)               lse = log sum exp(s), one number per query and head
     out  = p v
     delta = sum_d(dout out)           one number per query and head
@@ -13,19 +14,63 @@ q k, dq dk    head h of row n = b T + t at q + n ldqk + h D (gradients: lddqk); 
               lddv): three strides into a (N, 3C) tensor, or anything else of that form
 out, dout     (B, T, H, D) contiguous
 lse, delta    (B, H, T) fp32; delta is scratch of the backward pass
-D             32, 64 or 128; T at least 1; strides multiples of 8, pointers aligned to 16 bytes
+first, last   (B, T), from attention_bounds, both or neither: key t is seen by the queries
+              t..last[t]; positions count within a row of T. NULL: 0 and T - 1 (causal).
+from          forward: only the queries from here on are wanted. Their bits are those of from = 0;
+              of out and lse nothing is written before the 128 rows that hold `from`.
+D             32, 64 or 128; T at least 1; strides multiples of 8, pointers aligned to 16 bytes;
+              T + 128 times a stride below 2^32, B T up to 2^30
 saved         out, lse, q, k, v
 in place      no tensor may alias another, except that delta is rewritten by every call
-NaN           a NaN in key t makes rows t.. of out and lse NaN and leaves the rows before alone
+NaN           a NaN in key t makes the rows of out and lse NaN that see it and leaves the others
+              alone. A NaN in v, and in anything backward, also reaches what it should not where
+              both meet in a tile: 0 times NaN is NaN. Hidden tiles are never read.
 numerics      products in bf16 with fp32 sums; statistics fp32; p and ds are rounded to bf16 before
               they are multiplied, p after it was added to the softmax's sum. Fixed order of
               summation, no atomics: equal inputs give equal bits.
-cost          forward 2 N (T+1) C FLOP (two products, half of the scores hidden), backward 7/2 of
-              it: two kernels recompute s and dout vᵀ, so that none has to add into another's
-              output; bound by the tensor cores, or by shared memory where a warp has few rows
+cost          with w visible keys per query, on the average: forward 4 N w C FLOP (two products),
+              backward 7/2 of it: two kernels recompute s and dout vᵀ, so that none has to add into
+              another's output. Causal: w = (T+1)/2. Bound by the tensor cores, or by shared memory
+              where a warp has few rows; see "What masks cost".
 test          test/cases_attention.h
 sources       Dao 2023, "FlashAttention-2", arXiv:2307.08691;
               Milakov and Gimelshein 2018, "Online normalizer calculation", arXiv:1805.02867
+
+Masks. attention_bounds makes first and last from the ends of the documents and a window:
+
+    cu_seqlens    device: 0, the ends of the documents in 0..B T, then B T up to cu_count entries;
+                  equal neighbours are empty documents; no document crosses a row. NULL: a row is
+                  one document.
+    block 1       window W: the query's own key and the W before it; 0: its own alone
+    block > 1     window W blocks of positions, the query's own among them: query/block - key/block
+                  below W; 0 acts as 1
+    no limit      ATTENTION_NO_WINDOW, or any window of at least T
+
+One bound per query says all of it, since each of the three conditions (not the future, not another
+document, not beyond the window) leaves an interval that ends at the query. Record 20 writes the
+window of blocks otherwise, as two lists of key blocks per block of queries, the nearest first: full
+ones (all pairs of one document), cut to min(their number, W - 1), and partial ones, cut to max(W -
+number of full ones, 1). That is the same. The blocks that share a document with a block of queries
+are its nearest, without a gap. If the block of queries holds several documents, no block is full
+for it, and the max(W, 1) nearest partial ones stay. If it holds one, there are f full blocks at the
+distances 1..f, of which those below W stay, between two partial ones, at the distance 0, which
+stays, and at f + 1, where the document begins, which stays if W - f is at least 2. The test
+compares with the record's own tables and with random cases of its rule.
+
+A query sees its own key, and neither first nor last falls as t grows: so the first row of a tile
+has the lowest bound, the last row the highest. Two comparisons decide whether a tile holds nothing
+visible (it is neither loaded nor computed), all (no mask is applied) or a part, and the tiles that
+are needed are one interval. The kernels are instantiated without bounds as well: a causal model
+pays nothing.
+
+What masks cost. Whole tiles are computed: 32 queries of a warp together see w + 31 keys, and the
+tiles of 64 that these touch hold w + 94 on the average. K and V come 1 + w/128 times through L2.
+Floors, per layer, with each tensor moved once in bf16: forward 4 N w C FLOP and N (8 C + 4 H)
+bytes, backward 14 N w C FLOP and N (16 C + 8 H) bytes, so w/2 and 7w/8 FLOP per byte. By the data
+sheet of an H100, 295 FLOP in the time of a byte, memory is the floor where w is below 590 forward
+and below 340 backward. Example: N = T = 65,536, C = 768, H = 6. A window of 7 blocks of 128 and one
+document (w = 832.5) has 1.68e11 FLOP and 404 MB forward, 5.87e11 FLOP and 808 MB backward; with
+documents of 500 tokens (w = 250.5) it has 5.04e10 and 1.77e11 FLOP, and the same bytes.
 
 How the work is cut. A block of four warps owns a tile of rows (queries in the forward and dQ
 kernels, keys in the dK dV kernel) and walks over the tiles of the other side that it sees. A warp
@@ -61,9 +106,11 @@ warps, and says that all are done with the tile which the next copy overwrites. 
 the end of its step: it has two buffers, by parity of m, and lse_m with it.
 */
 #pragma once
+#include <limits.h>
 #include "ptx.cuh"
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr int ATTENTION_NO_WINDOW = INT_MAX;       // any window that is as long as T does the same
 constexpr int ATTENTION_WARPS = 4;
 constexpr int ATTENTION_BLOCK = 32 * ATTENTION_WARPS;
 
@@ -89,49 +136,99 @@ struct AttentionTiles {
 
 // ---- who sees whom -------------------------------------------------------------------------
 
+#ifdef __CUDACC__
+#define ATTENTION_COUNT(condition, counter)
+#else
+// What the kernels have done: tiles that blocks loaded, and what warps saw of the tiles at which
+// they looked, by view; [1] in the kernel whose rows are keys. For tests: kernels do not read it.
+struct AttentionWork {
+    uint64_t tiles, views[2][3];
+};
+static AttentionWork attention_work;
+#define ATTENTION_COUNT(condition, counter)                                                        \
+    if (condition) __atomic_fetch_add(&(counter), 1, __ATOMIC_RELAXED)
+#endif
+
 // The mask in three forms, which have to agree: of one pair, of a tile, of all tiles of a row.
-// Kernels rely on one property: every query sees the key of its own position.
+// Kernels rely on two properties: every query sees the key of its own position, and neither first[]
+// nor last[] ever falls within a row of T. The corners of a tile then tell what is in it, and the
+// tiles that a tile of rows needs lie side by side.
 
 static __device__ inline bool attention_visible(int query, int key) {
     return key <= query;
 }
 
+// The far edge of the mask along the rows of a warp: of a query the first key that it sees, of a
+// key the last query that sees it. Where only the future is hidden (!MASKED) there is none.
+struct AttentionEdge {
+    const int* at;               // [row] of the sequence
+    int begin, end;              // of the warp's first row, of its last row before T
+};
+
+template <bool MASKED>
+static __device__ inline AttentionEdge attention_edge(const int* edge, int row0, int first_row,
+                                                      int rows, int T) {
+    AttentionEdge e = {NULL, 0, 0};
+    if (MASKED && first_row < T) {
+        e.at = edge + row0;
+        e.begin = e.at[first_row];
+        e.end = e.at[min(first_row + rows, T) - 1];
+    }
+    return e;
+}
+
 enum AttentionView { VIEW_NONE, VIEW_PART, VIEW_ALL };
 
-// What the queries first_query .. + queries - 1 see of the keys first_key .. + keys - 1. A tile
-// that begins beyond T holds nothing: its warp has no work.
-static __device__ inline AttentionView attention_view(int first_query, int queries, int first_key,
-                                                      int keys, int T) {
-    if (first_key > first_query + queries - 1 || first_query >= T || first_key >= T) {
-        return VIEW_NONE;
+// What the warp's rows first_row .. + rows - 1 see of a tile of columns; rows are keys (KEY_ROWS)
+// or queries, columns the other. A tile that begins beyond T holds nothing: its warp has no work.
+template <bool MASKED, bool KEY_ROWS>
+static __device__ inline AttentionView attention_view(int first_row, int rows, int first_column,
+                                                      int columns, const AttentionEdge& edge,
+                                                      int T) {
+    int first_query = KEY_ROWS ? first_column : first_row, queries = KEY_ROWS ? columns : rows;
+    int first_key = KEY_ROWS ? first_row : first_column, keys = KEY_ROWS ? rows : columns;
+    bool none = first_key > first_query + queries - 1 || first_query >= T || first_key >= T;
+    bool all = first_key + keys - 1 <= first_query;
+    if (MASKED) {
+        int last_column = min(first_column + columns, T) - 1;
+        none = none || (KEY_ROWS ? first_column > edge.end : last_column < edge.begin);
+        all = all && (KEY_ROWS ? last_column <= edge.begin : first_column >= edge.end);
     }
-    return first_key + keys - 1 <= first_query ? VIEW_ALL : VIEW_PART;
+    AttentionView view = none ? VIEW_NONE : all ? VIEW_ALL : VIEW_PART;
+    ATTENTION_COUNT(threadIdx.x % 32 == 0, attention_work.views[KEY_ROWS][view]);
+    return view;
 }
 
 struct AttentionRange {
     int first, end;
 };
 
-// The tiles of `keys` keys that some query of first_query .. + queries - 1 sees.
+// The tiles of `keys` keys that some query of first_query .. + queries - 1 sees; `low` is the first
+// key that the first of them sees.
 static __device__ inline AttentionRange attention_key_tiles(int first_query, int queries, int keys,
-                                                            int T) {
+                                                            int low, int T) {
     int last = min(first_query + queries, T) - 1;
-    AttentionRange range = {0, last / keys + 1};
+    AttentionRange range = {low / keys, last / keys + 1};
     return range;
 }
 
-// The tiles of `queries` queries of which some sees a key from first_key on.
-static __device__ inline AttentionRange attention_query_tiles(int first_key, int queries, int T) {
-    AttentionRange range = {first_key / queries, (T + queries - 1) / queries};
+// The tiles of `queries` queries of which some sees a key from first_key on; `high` is the last
+// query that sees the last of these keys. (As a rounding up this is shorter code in nvcc's hands.)
+static __device__ inline AttentionRange attention_query_tiles(int first_key, int queries,
+                                                              int high) {
+    AttentionRange range = {first_key / queries, (high + queries) / queries};
     return range;
 }
 
 // Sets what is hidden in a warp's tile of scores. KEY_ROWS: rows are keys and columns queries.
-template <bool KEY_ROWS, int MT, int NT>
+template <bool MASKED, bool KEY_ROWS, int MT, int NT>
 static __device__ inline void attention_mask(float (&s)[MT][NT][4], int first_row, int first_column,
-                                             float value) {
+                                             float value, const AttentionEdge& edge, int T) {
     first_row += threadIdx.x % 32 / 4;
     first_column += threadIdx.x % 4 * 2;
+    int far[2 * MT];
+#pragma unroll
+    for (int r = 0; r < 2 * MT && MASKED; r++) far[r] = edge.at[min(first_row + 8 * r, T - 1)];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -141,6 +238,8 @@ static __device__ inline void attention_mask(float (&s)[MT][NT][4], int first_ro
                 int row = first_row + 16 * m + i / 2 * 8, column = first_column + 8 * n + i % 2;
                 bool visible = KEY_ROWS ? attention_visible(column, row)
                                         : attention_visible(row, column);
+                int end = MASKED ? far[2 * m + i / 2] : 0;
+                if (MASKED) visible = visible && (KEY_ROWS ? column <= end : column >= end);
                 if (!visible) s[m][n][i] = value;
             }
         }
@@ -157,6 +256,7 @@ static __device__ inline void attention_load(floatX* tile, const floatX* src, in
     constexpr int WIDTH = 16 / sizeof(floatX), CHUNKS = D / WIDTH;
     constexpr int STEP = ATTENTION_BLOCK / CHUNKS;     // rows that the block copies at a time
     int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * WIDTH;
+    ATTENTION_COUNT(threadIdx.x == 0, attention_work.tiles);
     tile += row * (D + 8) + column;
     src += (size_t)row0 * ld + column0;
     unsigned offset = (unsigned)(first + row) * ld + column;       // 32 bits: registers are scarce
@@ -258,24 +358,27 @@ static __device__ inline void attention_softmax(float (&s)[MT][NT][4], float (&o
     }
 }
 
-template <int D>
+template <int D, bool MASKED>
 static __global__ void __launch_bounds__(ATTENTION_BLOCK)
 attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v,
-                         int T, int ldqk, int ldv, float scale) {
+                         const int* first, int last_tile, int T, int ldqk, int ldv, float scale) {
     typedef AttentionTiles<D> Tiles;
     constexpr int MT = Tiles::FORWARD_MT, QUERIES = Tiles::FORWARD_QUERIES;
     constexpr int KEYS = Tiles::FORWARD_KEYS, LD = Tiles::LD, ROWS = 16 * MT;
     DYN_SMEM(floatX, smem);
     floatX *q_tile = smem, *k_tile = q_tile + QUERIES * LD, *v_tile = k_tile + KEYS * LD;
     // The last queries of a head see the most keys: they start first, the short ones fill the end.
-    int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES;
+    int first_query = (last_tile - (int)blockIdx.x) * QUERIES;
     int h = blockIdx.y, H = gridDim.y, b = blockIdx.z;
     int warp_row = warp_index() * ROWS, warp_query = first_query + warp_row;
     int row0 = b * T, column0 = h * D;
+    AttentionEdge edge = attention_edge<MASKED>(first, row0, warp_query, ROWS, T);
 
     // From the last tile down: a row's first tile holds its own key, so its maximum is finite from
     // the start. This holds for every mask in which a query sees itself.
-    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
+    static_assert(KEYS % ROWS == 0, "a warp's own keys lie in one tile");
+    int low = MASKED ? first[row0 + first_query] : 0;
+    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, low, T);
     int first_key = (range.end - 1) * KEYS;
     attention_load<QUERIES, D>(q_tile, q, ldqk, row0, column0, first_query, T);
     attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
@@ -289,7 +392,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
     }
     for (; first_key >= range.first * KEYS; first_key -= KEYS) {
         float s[MT][KEYS / 8][4];
-        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS, T);
+        AttentionView view =
+            attention_view<MASKED, false>(warp_query, ROWS, first_key, KEYS, edge, T);
         cp_async_wait<0>();
         __syncthreads();
         attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
@@ -305,7 +409,9 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX*
         cp_async_commit();
         if (view == VIEW_NONE) continue;
         // Masks by selection: a NaN in a hidden key must not get through.
-        if (view == VIEW_PART) attention_mask<false>(s, warp_query, first_key, -INFINITY);
+        if (view == VIEW_PART) {
+            attention_mask<MASKED, false>(s, warp_query, first_key, -INFINITY, edge, T);
+        }
         attention_softmax(s, acc, shift, total, scale * LOG2_E);
         mma_ab<MT, D / 8, KEYS / 16, LD>(acc, s, v_tile);
     }
@@ -349,11 +455,11 @@ static __global__ void attention_delta_kernel(float* delta, const floatX* dout, 
     }
 }
 
-template <int D>
+template <int D, bool MASKED>
 static __global__ void __launch_bounds__(ATTENTION_BLOCK)
 attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* lse,
-                     const float* delta, const floatX* q, const floatX* k, const floatX* v, int T,
-                     int ldqk, int ldv, int lddqk, int lddv, float scale) {
+                     const float* delta, const floatX* q, const floatX* k, const floatX* v,
+                     const int* last, int T, int ldqk, int ldv, int lddqk, int lddv, float scale) {
     typedef AttentionTiles<D> Tiles;
     constexpr int MT = Tiles::DKV_MT, KEYS = Tiles::DKV_KEYS, QUERIES = Tiles::DKV_QUERIES;
     constexpr int LD = Tiles::LD, ROWS = 16 * MT, NT = QUERIES / 8;
@@ -367,9 +473,11 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
     int row0 = b * T, column0 = h * D;
     lse += ((size_t)b * H + h) * T;
     delta += ((size_t)b * H + h) * T;
+    AttentionEdge edge = attention_edge<MASKED>(last, row0, warp_key, ROWS, T);
 
     // Queries beyond T are zeros in q, dout, lse and delta: p = 1, ds = 0, nothing is added.
-    AttentionRange range = attention_query_tiles(first_key, QUERIES, T);
+    int high = MASKED ? last[row0 + min(first_key + KEYS, T) - 1] : T - 1;
+    AttentionRange range = attention_query_tiles(first_key, QUERIES, high);
     int first_query = range.first * QUERIES;
     attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
     attention_load<KEYS, D>(v_tile, v, ldv, row0, column0, first_key, T);
@@ -384,7 +492,8 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
         int parity = (m - range.first) & 1;
         floatX* q_tile = q_tiles + parity * QUERIES * LD;
         const float* lse_tile = lse_tiles + parity * QUERIES;
-        AttentionView view = attention_view(first_query, QUERIES, warp_key, ROWS, T);
+        AttentionView view =
+            attention_view<MASKED, true>(warp_key, ROWS, first_query, QUERIES, edge, T);
         float s[MT][NT][4], ds[MT][NT][4];
         cp_async_wait<0>();
         __syncthreads();
@@ -403,7 +512,9 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
                     *x = fast_exp2(scale * LOG2_E * *x - shift[i % 2]);
                 }
             }
-            if (view == VIEW_PART) attention_mask<true>(s, warp_key, first_query, 0.0f);
+            if (view == VIEW_PART) {
+                attention_mask<MASKED, true>(s, warp_key, first_query, 0.0f, edge, T);
+            }
         }
         cp_async_wait<0>();
         __syncthreads();
@@ -443,11 +554,11 @@ attention_dkv_kernel(floatX* dk, floatX* dv, const floatX* dout, const float* ls
                     one);
 }
 
-template <int D>
+template <int D, bool MASKED>
 static __global__ void __launch_bounds__(ATTENTION_BLOCK)
 attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const float* delta,
-                    const floatX* q, const floatX* k, const floatX* v, int T, int ldqk, int ldv,
-                    int lddqk, float scale) {
+                    const floatX* q, const floatX* k, const floatX* v, const int* first, int T,
+                    int ldqk, int ldv, int lddqk, float scale) {
     typedef AttentionTiles<D> Tiles;
     constexpr int MT = Tiles::DQ_MT, QUERIES = Tiles::DQ_QUERIES, KEYS = Tiles::DQ_KEYS;
     constexpr int LD = Tiles::LD, ROWS = 16 * MT, NT = KEYS / 8;
@@ -458,8 +569,10 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
     int h = blockIdx.y, H = gridDim.y, b = blockIdx.z, ldout = H * D;
     int warp_row = warp_index() * ROWS, warp_query = first_query + warp_row;
     int row0 = b * T, column0 = h * D;
+    AttentionEdge edge = attention_edge<MASKED>(first, row0, warp_query, ROWS, T);
 
-    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, T);
+    int low = MASKED ? first[row0 + first_query] : 0;
+    AttentionRange range = attention_key_tiles(first_query, QUERIES, KEYS, low, T);
     int first_key = (range.end - 1) * KEYS;
     attention_load<QUERIES, D>(q_tile, q, ldqk, row0, column0, first_query, T);
     attention_load<QUERIES, D>(dout_tile, dout, ldout, row0, column0, first_query, T);
@@ -476,7 +589,8 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
     }
     for (; first_key >= range.first * KEYS; first_key -= KEYS) {
         float s[MT][NT][4], ds[MT][NT][4];
-        AttentionView view = attention_view(warp_query, ROWS, first_key, KEYS, T);
+        AttentionView view =
+            attention_view<MASKED, false>(warp_query, ROWS, first_key, KEYS, edge, T);
         cp_async_wait<0>();
         __syncthreads();
         attention_load<KEYS, D>(k_tile, k, ldqk, row0, column0, first_key, T);
@@ -504,7 +618,9 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
                 }
             }
         }
-        if (view == VIEW_PART) attention_mask<false>(ds, warp_query, first_key, 0.0f);
+        if (view == VIEW_PART) {
+            attention_mask<MASKED, false>(ds, warp_query, first_key, 0.0f, edge, T);
+        }
         mma_ab<MT, D / 8, KEYS / 16, LD>(acc, ds, k_tile);
     }
 
@@ -513,6 +629,58 @@ attention_dq_kernel(floatX* dq, const floatX* dout, const float* lse, const floa
     for (int r = 0; r < 2 * MT; r++) scales[r] = scale;
     attention_store(dq + ((size_t)b * T + warp_query) * lddqk + h * D, lddqk, T - warp_query,
                     q_tile + warp_row * LD, acc, scales);
+}
+
+// ---- bounds --------------------------------------------------------------------------------
+
+// One thread per row n of N = B T: position t of its sequence.
+static __global__ void attention_bounds_kernel(int* first, int* last, const int* cu_seqlens,
+                                               int cu_count, int N, int T, int window, int block) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) return;
+    int t = n % T, row = n - t, begin = 0, end = T;        // of the document, within the row
+    if (cu_seqlens) {
+        int low = 0, high = cu_count;                      // the first entry beyond n
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (cu_seqlens[middle] > n) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        if (low > 0) begin = max(cu_seqlens[low - 1] - row, 0);
+        if (low < cu_count) end = min(cu_seqlens[low] - row, T);
+    }
+    // No sum may pass 2^31, whatever the window.
+    int before, behind;                                    // the window alone
+    if (block == 1) {
+        before = t - window;
+        behind = window < T - 1 - t ? t + window : T - 1;
+    } else {
+        int reach = max(window, 1) - 1, here = t / block;  // in blocks, beside the query's own
+        before = (here - min(reach, here)) * block;
+        behind = reach < (T - 1) / block - here ? (here + reach) * block + block - 1 : T - 1;
+    }
+    first[n] = max(begin, before);
+    last[n] = min(end - 1, behind);
+}
+
+static inline void attention_check_sizes(int B, int T, int H) {
+    REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
+    REQUIRE(B <= (1 << 30) / T, "attention needs B times T up to 2^30, got %d and %d", B, T);
+}
+
+static inline void attention_bounds(int* first, int* last, const int* cu_seqlens, int cu_count,
+                                    int B, int T, int window, int block, cudaStream_t stream) {
+    attention_check_sizes(B, T, 1);
+    REQUIRE(window >= 0 && block > 0,
+            "attention needs a window of at least 0 and a block of at least 1, got %d and %d",
+            window, block);
+    REQUIRE(!cu_seqlens || cu_count > 0, "attention needs ends of documents, got %d", cu_count);
+    int N = B * T;
+    launch<attention_bounds_kernel>(dim3((unsigned)ceil_div(N, 256)), dim3(256), 0, stream, first,
+                                    last, cu_seqlens, cu_count, N, T, window, block);
 }
 
 // ---- launchers -----------------------------------------------------------------------------
@@ -527,29 +695,43 @@ static inline void attention_check(const void* p, const char* name, int ld, int 
 
 template <int D>
 static inline void attention_forward_dim(floatX* out, float* lse, const floatX* q, const floatX* k,
-                                         const floatX* v, int B, int T, int H, int ldqk, int ldv,
-                                         float scale, cudaStream_t stream) {
+                                         const floatX* v, const int* first, int B, int T, int H,
+                                         int ldqk, int ldv, float scale, int from,
+                                         cudaStream_t stream) {
     typedef AttentionTiles<D> Tiles;
-    dim3 grid((unsigned)ceil_div(T, Tiles::FORWARD_QUERIES), H, B);
-    launch<attention_forward_kernel<D>>(grid, dim3(ATTENTION_BLOCK), Tiles::FORWARD_SMEM, stream,
-                                        out, lse, q, k, v, T, ldqk, ldv, scale);
+    int last_tile = (T - 1) / Tiles::FORWARD_QUERIES, first_tile = from / Tiles::FORWARD_QUERIES;
+    dim3 grid(last_tile - first_tile + 1, H, B);
+    if (first) {
+        launch<attention_forward_kernel<D, true>>(grid, dim3(ATTENTION_BLOCK), Tiles::FORWARD_SMEM,
+                                                  stream, out, lse, q, k, v, first, last_tile, T,
+                                                  ldqk, ldv, scale);
+    } else {
+        launch<attention_forward_kernel<D, false>>(grid, dim3(ATTENTION_BLOCK), Tiles::FORWARD_SMEM,
+                                                   stream, out, lse, q, k, v, first, last_tile, T,
+                                                   ldqk, ldv, scale);
+    }
 }
 
 static inline void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k,
-                                     const floatX* v, int B, int T, int H, int D, int ldqk, int ldv,
-                                     float scale, cudaStream_t stream) {
-    REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
+                                     const floatX* v, const int* first, int B, int T, int H, int D,
+                                     int ldqk, int ldv, float scale, int from,
+                                     cudaStream_t stream) {
+    attention_check_sizes(B, T, H);
     REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
+    REQUIRE(from >= 0 && from < T, "attention needs a first query in 0..%d, got %d", T - 1, from);
     attention_check(out, "out", H * D, T);
     attention_check(q, "q", ldqk, T);
     attention_check(k, "k", ldqk, T);
     attention_check(v, "v", ldv, T);
     if (D == 32) {
-        attention_forward_dim<32>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+        attention_forward_dim<32>(out, lse, q, k, v, first, B, T, H, ldqk, ldv, scale, from,
+                                  stream);
     } else if (D == 64) {
-        attention_forward_dim<64>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+        attention_forward_dim<64>(out, lse, q, k, v, first, B, T, H, ldqk, ldv, scale, from,
+                                  stream);
     } else if (D == 128) {
-        attention_forward_dim<128>(out, lse, q, k, v, B, T, H, ldqk, ldv, scale, stream);
+        attention_forward_dim<128>(out, lse, q, k, v, first, B, T, H, ldqk, ldv, scale, from,
+                                   stream);
     } else {
         die("attention needs a head dim of 32, 64 or 128, got %d", D);
     }
@@ -558,9 +740,10 @@ static inline void attention_forward(floatX* out, float* lse, const floatX* q, c
 template <int D>
 static inline void attention_backward_dim(floatX* dq, floatX* dk, floatX* dv, float* delta,
                                           const floatX* dout, const floatX* out, const float* lse,
-                                          const floatX* q, const floatX* k, const floatX* v, int B,
-                                          int T, int H, int ldqk, int ldv, int lddqk, int lddv,
-                                          float scale, cudaStream_t stream) {
+                                          const floatX* q, const floatX* k, const floatX* v,
+                                          const int* first, const int* last, int B, int T, int H,
+                                          int ldqk, int ldv, int lddqk, int lddv, float scale,
+                                          cudaStream_t stream) {
     typedef AttentionTiles<D> Tiles;
     size_t rows = (size_t)B * T * H;
     REQUIRE(rows <= UINT32_MAX / 8, "attention takes up to 2^29 queries times heads, got %zu",
@@ -569,21 +752,35 @@ static inline void attention_backward_dim(floatX* dq, floatX* dk, floatX* dv, fl
                                       stream, delta, dout, out, (unsigned)rows, (unsigned)T,
                                       (unsigned)H);
     dim3 key_grid((unsigned)ceil_div(T, Tiles::DKV_KEYS), H, B);
-    launch<attention_dkv_kernel<D>>(key_grid, dim3(ATTENTION_BLOCK), Tiles::DKV_SMEM, stream, dk,
-                                    dv, dout, lse, delta, q, k, v, T, ldqk, ldv, lddqk, lddv,
-                                    scale);
     dim3 query_grid((unsigned)ceil_div(T, Tiles::DQ_QUERIES), H, B);
-    launch<attention_dq_kernel<D>>(query_grid, dim3(ATTENTION_BLOCK), Tiles::DQ_SMEM, stream, dq,
-                                   dout, lse, delta, q, k, v, T, ldqk, ldv, lddqk, scale);
+    if (first) {
+        launch<attention_dkv_kernel<D, true>>(key_grid, dim3(ATTENTION_BLOCK), Tiles::DKV_SMEM,
+                                              stream, dk, dv, dout, lse, delta, q, k, v, last, T,
+                                              ldqk, ldv, lddqk, lddv, scale);
+        launch<attention_dq_kernel<D, true>>(query_grid, dim3(ATTENTION_BLOCK), Tiles::DQ_SMEM,
+                                             stream, dq, dout, lse, delta, q, k, v, first, T, ldqk,
+                                             ldv, lddqk, scale);
+    } else {
+        launch<attention_dkv_kernel<D, false>>(key_grid, dim3(ATTENTION_BLOCK), Tiles::DKV_SMEM,
+                                               stream, dk, dv, dout, lse, delta, q, k, v, last, T,
+                                               ldqk, ldv, lddqk, lddv, scale);
+        launch<attention_dq_kernel<D, false>>(query_grid, dim3(ATTENTION_BLOCK), Tiles::DQ_SMEM,
+                                              stream, dq, dout, lse, delta, q, k, v, first, T, ldqk,
+                                              ldv, lddqk, scale);
+    }
 }
 
 static inline void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta,
                                       const floatX* dout, const floatX* out, const float* lse,
-                                      const floatX* q, const floatX* k, const floatX* v, int B,
-                                      int T, int H, int D, int ldqk, int ldv, int lddqk, int lddv,
-                                      float scale, cudaStream_t stream) {
-    REQUIRE(B > 0 && T > 0 && H > 0, "attention needs B, T, H > 0, got %d, %d, %d", B, T, H);
+                                      const floatX* q, const floatX* k, const floatX* v,
+                                      const int* first, const int* last, int B, int T, int H, int D,
+                                      int ldqk, int ldv, int lddqk, int lddv, float scale,
+                                      cudaStream_t stream) {
+    attention_check_sizes(B, T, H);
     REQUIRE(scale > 0, "attention needs a scale > 0, got %g", scale);
+    REQUIRE((first == NULL) == (last == NULL),
+            "attention needs both bounds or none, got first %p and last %p", (const void*)first,
+            (const void*)last);
     attention_check(dout, "dout", H * D, T);
     attention_check(out, "out", H * D, T);
     attention_check(q, "q", ldqk, T);
@@ -593,14 +790,14 @@ static inline void attention_backward(floatX* dq, floatX* dk, floatX* dv, float*
     attention_check(dk, "dk", lddqk, T);
     attention_check(dv, "dv", lddv, T);
     if (D == 32) {
-        attention_backward_dim<32>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
-                                   lddqk, lddv, scale, stream);
+        attention_backward_dim<32>(dq, dk, dv, delta, dout, out, lse, q, k, v, first, last, B, T,
+                                   H, ldqk, ldv, lddqk, lddv, scale, stream);
     } else if (D == 64) {
-        attention_backward_dim<64>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
-                                   lddqk, lddv, scale, stream);
+        attention_backward_dim<64>(dq, dk, dv, delta, dout, out, lse, q, k, v, first, last, B, T,
+                                   H, ldqk, ldv, lddqk, lddv, scale, stream);
     } else if (D == 128) {
-        attention_backward_dim<128>(dq, dk, dv, delta, dout, out, lse, q, k, v, B, T, H, ldqk, ldv,
-                                    lddqk, lddv, scale, stream);
+        attention_backward_dim<128>(dq, dk, dv, delta, dout, out, lse, q, k, v, first, last, B, T,
+                                    H, ldqk, ldv, lddqk, lddv, scale, stream);
     } else {
         die("attention needs a head dim of 32, 64 or 128, got %d", D);
     }

@@ -53,6 +53,7 @@ exactly val_tokens.
 test        test/test_loader.c
 */
 #pragma once
+#include "flags.h"
 #include "shards.h"
 
 #include <pthread.h>
@@ -91,6 +92,12 @@ static inline void batch_segments(Batch* b, int B, int T, int end_of_text) {
 
 // ---- the loader ----------------------------------------------------------------------------
 
+// Told what was done from one time of CLOCK_MONOTONIC to another, in seconds, and how many batches
+// lie ready then: ("loader", "read") by the thread that reads ahead, and ("host", "wait") by the
+// caller, with equal times where the batch was there. step: of the batch, from 1.
+typedef void (*LoaderWatch)(const char* thread, const char* name, int64_t step, double from,
+                            double to, int ready);
+
 typedef struct LoaderSpec {
     const char* pattern;
     Batching batching;
@@ -100,7 +107,27 @@ typedef struct LoaderSpec {
     int max_document;           // documents
     int end_of_text;            // the token that opens a document; a negative one: none does
     int64_t steps, epochs;      // epochs 0: as many as it takes
+    LoaderWatch watch;          // NULL: nobody wants to know
 } LoaderSpec;
+
+// What the flags ask for.
+static inline LoaderSpec loader_spec(const Settings* cfg, int rank, int world) {
+    LoaderSpec spec = {};
+    spec.pattern = cfg->train;
+    spec.batching = (Batching)cfg->batching;
+    spec.rows = (int)(cfg->batch_tokens / cfg->seq_len);
+    spec.B = (int)cfg->micro_batch;
+    spec.T = (int)cfg->seq_len;
+    spec.rank = rank;
+    spec.world = world;
+    spec.vocab = (int)(cfg->table_rows ? cfg->table_rows : cfg->vocab);
+    spec.data_ranks = (int)cfg->data_ranks;
+    spec.max_document = (int)cfg->max_document;
+    spec.end_of_text = (int)cfg->end_of_text;
+    spec.steps = cfg->steps;
+    spec.epochs = cfg->epochs;
+    return spec;
+}
 
 // What the next batch is: of which step and micro-step, and where the step starts. In the order
 // strided that is the place of the last data rank, which is the first to change shards.
@@ -316,6 +343,12 @@ static inline LoaderEnd loader_fill(Loader* l, LoaderSlot* slot) {
 
 // ---- the thread ----------------------------------------------------------------------------
 
+static inline double loader_clock(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 static inline void* loader_thread(void* argument) {
     Loader* l = (Loader*)argument;
     for (;;) {
@@ -325,13 +358,17 @@ static inline void* loader_thread(void* argument) {
         bool stop = l->stop;
         pthread_mutex_unlock(&l->lock);
         if (stop) return NULL;
+        int64_t step = l->ahead.step + 1;
+        double from = l->spec.watch ? loader_clock() : 0;
         LoaderEnd end = loader_fill(l, &l->slots[l->filled % LOADER_SLOTS]);
         pthread_mutex_lock(&l->lock);
         l->filled += end == LOADER_GOES_ON;
         l->end = end;
+        int ready = (int)(l->filled - l->taken);
         pthread_cond_signal(&l->changed);
         pthread_mutex_unlock(&l->lock);
         if (end != LOADER_GOES_ON) return NULL;
+        if (l->spec.watch) l->spec.watch("loader", "read", step, from, loader_clock(), ready);
     }
 }
 
@@ -360,21 +397,20 @@ static inline void loader_stop(Loader* l) {
     l->threaded = false;
 }
 
-static inline double loader_clock(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 // Waits until the next batch is there or known not to come.
 static inline LoaderEnd loader_await(Loader* l) {
     pthread_mutex_lock(&l->lock);
-    double start = l->filled == l->taken ? loader_clock() : 0;
+    bool waits = l->filled == l->taken && l->end == LOADER_GOES_ON;
+    double from = waits ? loader_clock() : 0;
     while (l->filled == l->taken && l->end == LOADER_GOES_ON)
         pthread_cond_wait(&l->changed, &l->lock);
-    if (start > 0) l->waited += loader_clock() - start;
-    LoaderEnd end = l->filled > l->taken ? LOADER_GOES_ON : l->end;
+    double to = waits ? loader_clock() : 0;
+    int ready = (int)(l->filled - l->taken);
+    LoaderEnd end = ready > 0 ? LOADER_GOES_ON : l->end;
     pthread_mutex_unlock(&l->lock);
+    l->waited += to - from;
+    if (waits && l->spec.watch)
+        l->spec.watch("host", "wait", l->position.step + 1, from, to, ready);
     if (end == LOADER_FAILED) {
         loader_stop(l);
         die("%s", l->shards.error);
@@ -476,8 +512,12 @@ static inline const Batch* loader_next(Loader* l) {
     REQUIRE(!loader_over(l), "the data ended after %" PRId64 " steps", l->position.step);
     const LoaderSlot* slot = &l->slots[l->taken % LOADER_SLOTS];
     pthread_mutex_lock(&l->lock);
-    l->taken++;
+    int ready = (int)(l->filled - ++l->taken);
     pthread_mutex_unlock(&l->lock);
+    if (l->spec.watch) {
+        double now = loader_clock();
+        l->spec.watch("host", "wait", l->position.step + 1, now, now, ready);
+    }
     l->position = slot->after;
     return &slot->batch;
 }

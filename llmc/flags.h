@@ -40,6 +40,12 @@ test        test/test_services.c: flags
 #define MUON_SCALE_WORDS(W) \
     W(FLAG_MUON_SCALE_MAX_DIM, "max-dim") W(FLAG_MUON_SCALE_ASPECT, "aspect")
 #define MUON_FORM_WORDS(W)  W(FLAG_MUON_FORM_SUM, "sum") W(FLAG_MUON_FORM_LERP, "lerp")
+#define WINDOWS_WORDS(W) \
+    W(FLAG_WINDOWS_NONE, "none") W(FLAG_WINDOWS_RAMP, "ramp") W(FLAG_WINDOWS_THIRDS, "thirds")
+#define WINDOW_BY_WORDS(W)  W(FLAG_WINDOW_BY_BLOCK, "block") W(FLAG_WINDOW_BY_TOKEN, "token")
+#define LOSS_WORDS(W)       W(FLAG_LOSS_MEAN, "mean") W(FLAG_LOSS_ROW_SUM, "row-sum")
+#define ADAM_EPS_WORDS(W) \
+    W(FLAG_ADAM_EPS_PYTORCH, "pytorch") W(FLAG_ADAM_EPS_UNSCALED, "unscaled")
 
 #define FLAG_CONSTANT(constant, word) constant,
 #define FLAG_WORD(constant, word)     "|" word
@@ -53,6 +59,10 @@ enum { QK_ORDER_WORDS(FLAG_CONSTANT) };
 enum { SOFTCAP_WORDS(FLAG_CONSTANT) };
 enum { MUON_SCALE_WORDS(FLAG_CONSTANT) };
 enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
+enum { WINDOWS_WORDS(FLAG_CONSTANT) };
+enum { WINDOW_BY_WORDS(FLAG_CONSTANT) };
+enum { LOSS_WORDS(FLAG_CONSTANT) };
+enum { ADAM_EPS_WORDS(FLAG_CONSTANT) };
 
 // ---- the list ------------------------------------------------------------------------------
 
@@ -60,8 +70,11 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
 // except for --batching; lowest and highest are allowed. A CHOICE has its words in place of lowest.
 #define FLAGS(F) \
     F(GROUP, run, 0, 0, 0, "", "the run") \
-    F(TEXT, recipe, "", 0, 0, "", "modern, untied, unet, or a file of `flag = value` lines") \
+    F(TEXT, recipe, "", 0, 0, "", \
+      "modern, untied, unet, sub3, sub3_20, normuon, or a file of `flag = value` lines") \
     F(INT, steps, 5100, 1, 1e9, "steps", "optimizer steps") \
+    F(INT, extension_steps, 0, 0, 1e9, "steps", \
+      "how many of them, the last, stand behind the schedules of windows and learning rate") \
     F(INT, batch_tokens, 524288, 1, 1e9, "tokens", \
       "tokens of an optimizer step, over all ranks and micro-steps") \
     F(INT, seq_len, 1024, 1, 1e6, "tokens", "tokens of a sequence (T)") \
@@ -74,6 +87,8 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(INT, save_every, 0, 0, 1e9, "steps", \
       "steps between saved parameters; 0: at the end alone") \
     F(SWITCH, dry_run, 0, 0, 1, "", "say what would be done, then stop") \
+    F(TEXT, gpu, "", 0, 0, "", \
+      "with --dry-run: also the least time of a step on this GPU (h100)") \
     F(TEXT, trace, "", 0, 0, "", \
       "file for what ran when on which stream (Chrome's trace format)") \
     F(INT, trace_steps, 3, 1, 1e6, "steps", "steps in it, from the first on") \
@@ -103,31 +118,57 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
       "steps between validation losses; one is taken before the first step and at the end") \
     F(INT, val_tokens, 10485760, 0, 1e12, "tokens", \
       "predictions in the validation loss; 0: all there are") \
+    F(INT, val_seq_len, 0, 0, 1e6, "tokens", \
+      "tokens of a sequence in the validation; 0: --seq-len") \
+    F(INT, val_batch, 0, 0, 1e6, "seqs", \
+      "sequences per rank and forward pass in the validation; 0: --micro-batch") \
     F(INT, sample_every, 0, 0, 1e9, "steps", "steps between samples of text; 0: at the end alone") \
     F(INT, sample_tokens, 0, 0, 1e6, "tokens", \
       "length of a sample; 0: none, not even at the end") \
     F(REAL, sample_temperature, 0.8, 0, 100, "", "of a sample; 0: the likeliest token") \
     F(INT, sample_top_k, 50, 0, 65536, "tokens", \
       "draw a sample from the k likeliest; 0: from all") \
+    F(TEXT, prompt, "", 0, 0, "", "text that a sample goes on from") \
+    F(TEXT, tokenizer, "", 0, 0, "", "directory of the tokenizer's files") \
     \
     F(GROUP, model, 0, 0, 0, "", "model") \
     F(INT, layers, 12, 1, 1000, "", "layers (L)") \
     F(INT, heads, 6, 1, 1000, "", "attention heads (H)") \
     F(INT, channels, 768, 1, 1e5, "", "channels of the residual stream (C)") \
     F(INT, vocab, 50304, 2, 65536, "", "columns of the logits (V), padding that no token uses included") \
+    F(INT, table_rows, 0, 0, 65536, "", \
+      "rows of the embedding and value tables: tokens there are; 0: --vocab") \
     F(CHOICE, head, FLAG_HEAD_TIED, HEAD_WORDS, 0, "", "tied: the head is the embedding table") \
     F(CHOICE, init_embed, FLAG_INIT_UNIFORM, INIT_EMBED_WORDS, 0, "", \
       "table: uniform in +-1/sqrt(C), or normal with variance 1") \
     F(CHOICE, init_head, FLAG_INIT_HEAD_ZERO, INIT_HEAD_WORDS, 0, "", \
       "an untied head: zero, or uniform in +-1/sqrt(C)") \
+    F(REAL, init_scale, 1, 0, 100, "", \
+      "the layers' matrices: uniform in +- this / sqrt(columns)") \
+    F(INT, smear, 0, 0, 1, "", \
+      "1: each looked-up row takes up part of the one before, learned and gated") \
     F(INT, embed_norm, 0, 0, 1, "", "1: rmsnorm of the looked-up rows") \
     F(INT, x0_mix, 0, 0, 1, "", "1: each layer starts from a x + b x0, learned") \
+    F(REAL, init_x0_mix, 1, -100, 100, "", "its first a; b starts at 0") \
     F(INT, value_residual, 0, 0, 1, "", "1: each layer mixes in the values of the first, learned") \
+    F(TEXT, value_embeds, "", 0, 0, "", \
+      "tables looked up for values, as `layer:table ..`; needs --attn-lambdas") \
+    F(INT, attn_lambdas, 0, 0, 1, "", \
+      "1: values are a v + b (the value table's row), learned; a v in layers without a table") \
+    F(INT, attention_gate, 0, 0, 1, "", "1: each head's output is times a learned gate") \
+    F(TEXT, no_layers, "", 0, 0, "", "layers that are left out, as `0 ..`") \
+    F(TEXT, no_attention, "", 0, 0, "", "layers that have only an MLP") \
     F(INT, skips, 0, 0, 1, "", \
       "1: the second half of the layers adds outputs of the first, learned") \
+    F(TEXT, gated_skips, "", 0, 0, "", \
+      "`4>7 ..`: before layer 7 the output of 4 is added, times a learned gate") \
+    F(INT, backout, -1, -1, 999, "", \
+      "layer of whose output a learned part is taken off before the head; -1: none") \
     F(CHOICE, qk_order, FLAG_QK_ROTATE_FIRST, QK_ORDER_WORDS, 0, "", \
       "of norm and rotation of queries and keys") \
     F(REAL, rotary_base, 10000, 1, 1e12, "", "base of the rotation's frequencies") \
+    F(INT, rotary_half, 0, 0, 1, "", \
+      "1: frequencies from 1 to 1/base in one half of the pairs, none in the other") \
     F(INT, rotary_round_bf16, 1, 0, 1, "", "1: cosines and sines rounded to bf16") \
     F(REAL, norm_eps, 1.1920929e-07, 0, 1, "", \
       "added to the mean square in every rmsnorm of the stream") \
@@ -136,11 +177,38 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(CHOICE, softcap, FLAG_SOFTCAP_NONE, SOFTCAP_WORDS, 0, "", \
       "of logits z: c tanh(z/c), or c sigmoid(4z/c)") \
     F(REAL, softcap_value, 30, 1e-3, 1e6, "", "its c") \
-    F(INT, bf16_tables, 0, 0, 1, "", "1: table and scalars live in bf16, without an fp32 copy") \
+    F(INT, bf16_tables, 0, 0, 1, "", \
+      "1: embedding, value tables and gates live in bf16, without an fp32 copy") \
+    F(INT, bf16_scalars, 0, 0, 1, "", "1: the learned scalars, too") \
+    F(INT, bf16_head, 0, 0, 1, "", "1: an untied head, too") \
+    F(INT, fp8_head, 0, 0, 1, "", "1: in training the head's products are of 8-bit numbers") \
+    F(REAL, fp8_x_scale, 2, 0, 1e9, "", \
+      "factor of the stream on its way to 8 bits; 0: 448/sqrt(C), the largest it can need") \
+    F(REAL, fp8_w_scale, 32, 1e-9, 1e9, "", "of the head") \
+    F(REAL, fp8_grad_scale, 8192, 1e-9, 1e9, "", \
+      "of the gradient of one token's loss with respect to its logits") \
+    \
+    F(GROUP, masks, 0, 0, 0, "", "what attention sees") \
+    F(INT, document_mask, 0, 0, 1, "", "1: nothing before the start of a token's document") \
+    F(CHOICE, windows, FLAG_WINDOWS_NONE, WINDOWS_WORDS, 0, "", \
+      "limits that grow: evenly with the steps (ramp), or in equal parts of the run (thirds)") \
+    F(INT, window_block, 128, 1, 65536, "tokens", "a window is a number of these blocks") \
+    F(CHOICE, window_by, FLAG_WINDOW_BY_BLOCK, WINDOW_BY_WORDS, 0, "", \
+      "W blocks: the W nearest blocks, one's own included; or the W * window-block tokens before") \
+    F(TEXT, long_layers, "", 0, 0, "", "layers with the whole window; the others have half of it") \
+    F(INT, window_max, 1728, 1, 1e6, "tokens", "ramp: the window at the end, before rounding up") \
+    F(TEXT, window_steps, "3 7 11", 0, 0, "blocks", "thirds: the windows one after another") \
+    F(INT, window_extension, 13, 1, 65536, "blocks", "thirds: in the extension steps") \
+    F(INT, window_final, 0, 0, 65536, "blocks", \
+      "thirds: of the long layers in the last validation; 0: as it is then") \
+    F(INT, yarn, 0, 0, 1, "", \
+      "1: frequencies and --attn-scale follow the long window as in YaRN") \
     \
     F(GROUP, optimizer, 0, 0, 0, "", "optimizer") \
     F(CHOICE, optimizer, FLAG_OPTIMIZER_MUON, OPTIMIZER_WORDS, 0, "", \
       "muon: the layers' matrices by Muon, the rest by Adam; adamw: all by Adam") \
+    F(CHOICE, loss, FLAG_LOSS_MEAN, LOSS_WORDS, 0, "", \
+      "what is differentiated: the mean over tokens, or the mean over sequences of their sum") \
     F(REAL, muon_lr, 0.00036, 0, 100, "", "peak learning rate of the layers' matrices") \
     F(CHOICE, muon_scale, FLAG_MUON_SCALE_MAX_DIM, MUON_SCALE_WORDS, 0, "", \
       "times sqrt(max(rows, cols)), or sqrt(max(1, rows/cols))") \
@@ -149,17 +217,30 @@ enum { MUON_FORM_WORDS(FLAG_CONSTANT) };
     F(REAL, muon_momentum, 0.95, 0, 0.999999, "", "Muon's momentum (mu)") \
     F(REAL, muon_momentum_start, 0.95, 0, 0.999999, "", "momentum of the first step") \
     F(INT, muon_momentum_warmup, 0, 0, 1e9, "steps", "steps from there to the full momentum") \
+    F(INT, muon_momentum_cooldown, 0, 0, 1e9, "steps", \
+      "last steps, in which it falls back to that of the first") \
     F(INT, ns_steps, 5, 1, 100, "", "Newton-Schulz iterations") \
+    F(INT, muon_polar, 0, 0, 1, "", "1: with the coefficients of Polar Express") \
+    F(REAL, muon_beta2, 0, 0, 0.999999, "", \
+      "NorMuon's decay of each neuron's mean square; 0: plain Muon") \
+    F(REAL, cautious_decay, 0, 0, 100, "", \
+      "Muon's weight decay where it goes with the step, times its learning rate") \
     F(REAL, embed_lr, 0.0036, 0, 100, "", \
       "peak learning rate of the table (of the tied one, too)") \
+    F(REAL, value_lr, 0.6, 0, 100, "", "of the value tables") \
     F(REAL, head_lr, 0.0036, 0, 100, "", "of an untied head") \
     F(REAL, scalar_lr, 0.04, 0, 100, "", "of the learned scalars") \
     F(REAL, adamw_lr, 0.0018, 0, 100, "", "with --optimizer adamw: of everything") \
     F(REAL, adam_beta1, 0.9, 0, 0.999999, "", "Adam's decay of the mean") \
     F(REAL, adam_beta2, 0.95, 0, 0.999999, "", "Adam's decay of the mean square") \
     F(REAL, adam_eps, 1e-08, 0, 1, "", "Adam's eps") \
+    F(CHOICE, adam_eps_form, FLAG_ADAM_EPS_PYTORCH, ADAM_EPS_WORDS, 0, "", \
+      "it is added to the root of the mean square corrected for its start, or as it stands") \
+    F(INT, adam_every, 1, 1, 1e6, "steps", \
+      "Adam takes every so many steps one, by the sum of their gradients") \
+    F(INT, bf16_state, 0, 0, 1, "", "1: Adam's two means live in bf16") \
     F(REAL, weight_decay, 0, 0, 100, "", "of what Adam updates, times its learning rate") \
-    F(REAL, cooldown_frac, 0.2843137, 0, 1, "", \
+    F(REAL, cooldown_frac, 0.28431372549, 0, 1, "", \
       "last part of the run, in which the learning rate falls linearly") \
     F(REAL, final_lr_frac, 0, 0, 1, "", "the learning rate it falls to, as a part of the peak")
 
@@ -396,7 +477,8 @@ static inline void recipe_path(char* path, size_t size, const char* name) {
     snprintf(path, size, "scripts/recipes/%s.cfg", name);
     if (access(path, R_OK) == 0) return;
     die("no recipe '%s': neither %s nor %s/%s is there\n"
-        "give one of modern, untied, unet, or the path of a file", name, path, program, path);
+        "give one of modern, untied, unet, sub3, sub3_20, normuon, or the path of a file",
+        name, path, program, path);
 }
 
 // Sets in s what the file says, and marks it in given[].
@@ -474,10 +556,10 @@ static inline bool settings_want_help(int argc, char** argv) {
     return false;
 }
 
-static inline void settings_parse(Settings* s, int argc, char** argv) {
+// Over what s holds.
+static inline void settings_parse_over(Settings* s, int argc, char** argv) {
     bool given[FLAG_COUNT] = {false};
     const char* value_of[FLAG_COUNT] = {NULL};
-    settings_defaults(s);
     const Flag* recipe = flag_find("recipe", 6);
     // First every word is understood and nothing set, so that the recipe can be read before.
     for (int i = 1; i < argc; i++) {
@@ -513,6 +595,48 @@ static inline void settings_parse(Settings* s, int argc, char** argv) {
     }
 }
 
+static inline void settings_parse(Settings* s, int argc, char** argv) {
+    settings_defaults(s);
+    settings_parse_over(s, argc, argv);
+}
+
+// ---- flags that are lists ------------------------------------------------------------------
+
+enum { LIST_ROOM = 64 };
+
+// "0 4 11": numbers with spaces between. Returns how many; `flag` names the list in messages.
+static inline int list_numbers(const char* flag, const char* text, int* x, int room) {
+    int n = 0;
+    for (const char* c = text + strspn(text, " "); *c; c += strspn(c, " ")) {
+        size_t digits = strspn(c, "0123456789");
+        REQUIRE(digits > 0 && digits < 7 && strchr(" ", c[digits]),
+                "--%s wants numbers with spaces between, as in '0 4 11', got '%s'", flag, text);
+        REQUIRE(n < room, "--%s takes at most %d numbers, got '%s'", flag, room, text);
+        x[n++] = atoi(c);
+        c += digits;
+    }
+    return n;
+}
+
+// "1:0 9:2" with the separator ':': a = 1 9, b = 0 2.
+static inline int list_pairs(const char* flag, const char* text, char separator, int* a, int* b,
+                             int room) {
+    int n = 0;
+    for (const char* c = text + strspn(text, " "); *c; c += strspn(c, " ")) {
+        size_t first = strspn(c, "0123456789");
+        size_t second = c[first] == separator ? strspn(c + first + 1, "0123456789") : 0;
+        const char* end = c + first + 1 + second;
+        REQUIRE(first > 0 && first < 7 && second > 0 && second < 7 && strchr(" ", *end),
+                "--%s wants pairs with spaces between, as in '1%c0 9%c2', got '%s'", flag,
+                separator, separator, text);
+        REQUIRE(n < room, "--%s takes at most %d pairs, got '%s'", flag, room, text);
+        a[n] = atoi(c);
+        b[n++] = atoi(c + first + 1);
+        c = end;
+    }
+    return n;
+}
+
 // ---- checks that join two flags ------------------------------------------------------------
 
 // Multiples of `unit` on both sides of `found`, in words.
@@ -521,6 +645,120 @@ static inline const char* nearest_multiples(char* text, size_t size, int64_t fou
     if (below > 0) snprintf(text, size, "%" PRId64 " and %" PRId64, below, below + unit);
     else snprintf(text, size, "%" PRId64, unit);
     return text;
+}
+
+// A list names layers that there are (present: one flag per layer, NULL for all), each once.
+static inline void layers_check(const Settings* s, const char* flag, const int* layers, int n,
+                                const bool* present, const char* lacking) {
+    for (int i = 0; i < n; i++) {
+        REQUIRE(layers[i] < s->layers,
+                "--%s names layer %d, but with --layers %" PRId64 " the last is %" PRId64, flag,
+                layers[i], s->layers, s->layers - 1);
+        REQUIRE(!present || present[layers[i]], "--%s names layer %d, which %s", flag, layers[i],
+                lacking);
+        for (int j = 0; j < i; j++)
+            REQUIRE(layers[i] != layers[j], "--%s names layer %d twice", flag, layers[i]);
+    }
+}
+
+// What the layers are made of.
+static inline void settings_check_layers(const Settings* s) {
+    bool present[1000] = {false}, attends[1000];                // --layers is at most 1000
+    int a[LIST_ROOM], b[LIST_ROOM], attending = 0;
+    for (int l = 0; l < s->layers; l++) present[l] = true;
+    int n = list_numbers("no-layers", s->no_layers, a, LIST_ROOM);
+    layers_check(s, "no-layers", a, n, NULL, "");
+    for (int i = 0; i < n; i++) present[a[i]] = false;
+    memcpy(attends, present, sizeof attends);
+    REQUIRE(!s->skips || n == 0,
+            "--skips 1 pairs all layers, and --no-layers leaves some out\ndrop one of the two");
+    n = list_numbers("no-attention", s->no_attention, a, LIST_ROOM);
+    layers_check(s, "no-attention", a, n, present, "--no-layers leaves out");
+    for (int i = 0; i < n; i++) attends[a[i]] = false;
+    for (int l = 0; l < s->layers; l++) attending += attends[l];
+    REQUIRE(attending > 0, "--no-layers and --no-attention leave no layer with attention");
+
+    n = list_numbers("long-layers", s->long_layers, a, LIST_ROOM);
+    layers_check(s, "long-layers", a, n, attends, "has no attention");
+    REQUIRE(n == 0 || s->windows != FLAG_WINDOWS_NONE,
+            "--long-layers says which windows are long, but --windows is none");
+
+    n = list_pairs("value-embeds", s->value_embeds, ':', a, b, LIST_ROOM);
+    layers_check(s, "value-embeds", a, n, attends, "has no attention");
+    int tables = 0;
+    for (int i = 0; i < n; i++) {
+        if (b[i] >= tables) tables = b[i] + 1;
+    }
+    for (int t = 0; t < tables; t++) {
+        int used = 0;
+        for (int i = 0; i < n; i++) used += b[i] == t;
+        REQUIRE(used, "--value-embeds names table %d, but no layer uses table %d\n"
+                "number them from 0 without a gap", tables - 1, t);
+    }
+    REQUIRE(n == 0 || s->attn_lambdas,
+            "--value-embeds needs --attn-lambdas 1, the weights of values and table");
+    REQUIRE(!s->value_residual || !s->attn_lambdas,
+            "--value-residual 1 and --attn-lambdas 1 both mix the values; drop one of the two");
+    REQUIRE(!s->value_residual || attends[0],
+            "--value-residual 1 mixes in the values of layer 0, which has no attention");
+
+    n = list_pairs("gated-skips", s->gated_skips, '>', a, b, LIST_ROOM);
+    layers_check(s, "gated-skips", b, n, present, "--no-layers leaves out");
+    for (int i = 0; i < n; i++) {
+        layers_check(s, "gated-skips", a + i, 1, present, "--no-layers leaves out");
+        REQUIRE(a[i] < b[i], "--gated-skips %d>%d must go from an earlier layer to a later one",
+                a[i], b[i]);
+    }
+    REQUIRE(n == 0 || !s->skips, "--skips 1 and --gated-skips exclude each other");
+    REQUIRE(s->backout < s->layers - 1,
+            "--backout %" PRId64 " must be a layer before the last, %" PRId64, s->backout,
+            s->layers - 1);
+    REQUIRE(s->backout < 0 || present[s->backout],
+            "--backout names layer %" PRId64 ", which --no-layers leaves out", s->backout);
+}
+
+static inline void settings_check_schedule(const Settings* s) {
+    REQUIRE(s->extension_steps < s->steps,
+            "--extension-steps %" PRId64 " must be fewer than --steps %" PRId64
+            ", which count them", s->extension_steps, s->steps);
+    REQUIRE(s->windows == FLAG_WINDOWS_NONE || s->window_block <= s->seq_len,
+            "--window-block %" PRId64 " is more than --seq-len %" PRId64
+            ": no window limits anything", s->window_block, s->seq_len);
+    int windows[LIST_ROOM], n = list_numbers("window-steps", s->window_steps, windows, LIST_ROOM);
+    REQUIRE(s->windows != FLAG_WINDOWS_THIRDS || n > 0,
+            "--windows thirds needs --window-steps, one window for each part of the run");
+    for (int i = 0; i < n; i++)
+        REQUIRE(windows[i] >= 1 && windows[i] <= 65536,
+                "--window-steps must be from 1 to 65536 blocks, got %d", windows[i]);
+    REQUIRE(!s->yarn || s->windows == FLAG_WINDOWS_THIRDS,
+            "--yarn 1 follows the windows of --windows thirds");
+    REQUIRE(s->adam_every == 1 || s->optimizer == FLAG_OPTIMIZER_MUON,
+            "--adam-every %" PRId64 " is for --optimizer muon; adamw is Adam alone",
+            s->adam_every);
+    REQUIRE(!s->muon_polar || s->ns_steps <= 5,
+            "--muon-polar 1 has coefficients for 5 iterations, --ns-steps is %" PRId64,
+            s->ns_steps);
+}
+
+static inline void settings_check_head(const Settings* s) {
+    char near[80];
+    bool tied = s->head == FLAG_HEAD_TIED;
+    REQUIRE(s->table_rows <= s->vocab,
+            "--table-rows %" PRId64 " is more than --vocab %" PRId64 ", the columns of the logits",
+            s->table_rows, s->vocab);
+    REQUIRE(!tied || s->table_rows == 0 || s->table_rows == s->vocab,
+            "--table-rows %" PRId64 " is not --vocab %" PRId64
+            ", but with --head tied they are the same table", s->table_rows, s->vocab);
+    REQUIRE(!tied || !s->fp8_head, "--fp8-head 1 needs --head untied");
+    REQUIRE(!tied || !s->bf16_head,
+            "--bf16-head 1 needs --head untied; a tied one is the table of --bf16-tables");
+    if (!s->fp8_head) return;
+    REQUIRE(s->vocab % 16 == 0,
+            "--fp8-head 1 needs --vocab in multiples of 16, got %" PRId64 "\nnearest that fit: %s",
+            s->vocab, nearest_multiples(near, sizeof near, s->vocab, 16));
+    REQUIRE(s->micro_batch * s->seq_len % 16 == 0,
+            "--fp8-head 1 needs --micro-batch x --seq-len in multiples of 16 tokens, got %" PRId64,
+            s->micro_batch * s->seq_len);
 }
 
 static inline void settings_check(const Settings* s, int world) {
@@ -543,6 +781,11 @@ static inline void settings_check(const Settings* s, int world) {
     REQUIRE(s->channels % s->heads == 0,
             "--channels %" PRId64 " is not a multiple of --heads %" PRId64 "\nnearest that fit: %s",
             s->channels, s->heads, nearest_multiples(near, sizeof near, s->channels, s->heads));
+    int64_t val_tokens = (s->val_batch ? s->val_batch : s->micro_batch) *
+                         (s->val_seq_len ? s->val_seq_len : s->seq_len);
+    REQUIRE(val_tokens <= INT32_MAX,
+            "--val-batch x --val-seq-len, %" PRId64
+            " tokens, is more than a forward pass can hold (%d)", val_tokens, INT32_MAX);
     int64_t head_dim = s->channels / s->heads;
     int fit = s->channels % 128 == 0 ? 128 : s->channels % 64 == 0 ? 64 : 32;
     if (s->channels % 32 == 0) {
@@ -557,6 +800,14 @@ static inline void settings_check(const Settings* s, int world) {
     REQUIRE(!s->skips || s->layers % 2 == 0,
             "--skips 1 pairs the layers, but --layers %" PRId64 " is odd\nnearest that fit: %s",
             s->layers, nearest_multiples(near, sizeof near, s->layers, 2));
+    settings_check_layers(s);
+    settings_check_schedule(s);
+    settings_check_head(s);
+    REQUIRE(!*s->gpu || s->dry_run, "--gpu %s is for --dry-run, which says what a step costs there",
+            s->gpu);
+    REQUIRE(!*s->prompt || s->sample_tokens > 0,
+            "--prompt is what a sample goes on from, and --sample-tokens is 0\n"
+            "say how long it should be");
     bool sample_only = *s->load && !*s->train;
     REQUIRE(s->dry_run || !sample_only || s->sample_tokens > 0,
             "--load without --train prints a sample, and --sample-tokens is 0\n"

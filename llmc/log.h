@@ -22,7 +22,7 @@ test        test/test_services.c: log
 */
 #pragma once
 #include "flags.h"
-#include "sampler.h"
+#include "text.h"
 
 #include <sys/stat.h>
 #include <time.h>
@@ -267,16 +267,15 @@ static inline void log_note(Log* log, const char* fmt, ...) {
     log_flush(log);
 }
 
-static inline void log_sample(Log* log, int64_t step, const int* tokens, int n, int vocab) {
-    size_t size = 16 * (size_t)n + 1;    // no token's text is longer than 16 bytes
-    char* text = (char*)host_alloc(size, 1);
-    size_t length = sampler_text(text, size, tokens, n, vocab);
+static inline void log_sample(Log* log, int64_t step, const int* tokens, int n,
+                              const TextCodec* codec) {
+    char* text = text_of(codec, tokens, n);
     log_clear_progress(log);
     printf("---- sample after %" PRId64 " steps ----\n%s\n----\n", step, text);
     fflush(stdout);
     fprintf(log->text, "---- sample after %" PRId64 " steps ----\n%s\n----\n", step, text);
     fprintf(log->json, "{\"event\":\"sample\",\"step\":%" PRId64 ",\"text\":", step);
-    json_string(log->json, text, length);
+    json_string(log->json, text, strlen(text));
     fputs(",\"tokens\":[", log->json);
     for (int i = 0; i < n; i++) fprintf(log->json, "%s%d", i ? "," : "", tokens[i]);
     fputs("]}\n", log->json);

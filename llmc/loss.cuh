@@ -7,9 +7,9 @@ Cross entropy of soft-capped logits, and its gradient in the logits' place.
     loss = log Σ_v exp(c_v) - c_target
     dz   = grad_scale (softmax(c)_v - [v = target]) dc/dz
 
-logits    (R, V) floatX: z in, dz out if write_grad; rows lie V rounded up to a multiple of 8 apart,
-          pointer aligned to 16 bytes. All V columns take part, those that no token uses too; the
-          up to 7 behind them do not, and their gradient is 0.
+logits    (R, V) floatX: z in, dz out if write_grad; rows lie V rounded up to a multiple of 16 apart
+          (8-bit products want that), pointer aligned to 16 bytes. All V columns take part, those
+          that no token uses too; the up to 15 behind them do not, and their gradient is 0.
 losses    (R) fp32, one per row
 targets   (R) int. -1: the row is ignored, its loss and its gradient are 0 whatever its logits are.
           Any other value outside 0..V-1 makes the loss NaN.
@@ -108,7 +108,7 @@ static __device__ inline float8 loss_exp8(float8 c, float max) {
 
 // Elements from one row of logits to the next.
 static __host__ __device__ inline int loss_stride(int V) {
-    return (V + 7) / 8 * 8;
+    return (V + 15) / 16 * 16;
 }
 
 // ---- one thread's part of a row ----------------------------------------------------------------
@@ -149,11 +149,12 @@ static __device__ inline SoftmaxStats loss_scan(const floatX* z, int V, Softcap 
     return stats;
 }
 
-// Overwrites the logits with weight exp(c - max) dc/dz: the gradient everywhere but at the target.
+// Overwrites the logits with weight exp(c - max) dc/dz: the gradient everywhere but at the target,
+// and 0 behind the last column.
 template <bool CAPPED>
 static __device__ inline void loss_gradient(floatX* z, int V, float max, float weight, Softcap cap,
                                             LossPlace at) {
-    for (int c = 8 * at.lane; c < V; c += 8 * at.lanes) {
+    for (int c = 8 * at.lane; c < loss_stride(V); c += 8 * at.lanes) {
         float8 v = load8(z + c), t = {};
         if (CAPPED) {
             t = softcap_sigmoid8(v, cap);
@@ -215,7 +216,8 @@ static __global__ void cross_entropy_kernel(floatX* logits, float* losses, const
     if (target == -1) {                        // the same for all threads of the row
         float8 zero = {};
         if (at.lane == 0) losses[r] = 0.0f;
-        for (int c = 8 * at.lane; write_grad && c < V; c += 8 * lanes) store8(z + c, zero);
+        int end = write_grad ? loss_stride(V) : 0;
+        for (int c = 8 * at.lane; c < end; c += 8 * lanes) store8(z + c, zero);
         return;
     }
     bool owner = (unsigned)target / 8 % lanes == (unsigned)at.lane;
@@ -248,6 +250,16 @@ static __global__ void loss_sum_kernel(float* out, const float* losses, size_t n
     if (threadIdx.x == 0) *out = total;
 }
 
+// The cap of one logit, on the host.
+static inline float softcap_host(SoftcapKind kind, float c, float z) {
+    switch (kind) {
+        case SOFTCAP_NONE: return z;
+        case SOFTCAP_TANH: return c * tanhf(z / c);
+        case SOFTCAP_SIGMOID: return c / (1.0f + expf(-4.0f * z / c));
+    }
+    return z;
+}
+
 // ---- launchers ---------------------------------------------------------------------------------
 
 // Threads for a row: a power of two up to 32, then a multiple of it.
@@ -258,23 +270,27 @@ static inline int cross_entropy_lanes(int V) {
     return lanes < 256 ? lanes : 256;
 }
 
+static inline Softcap softcap_of(SoftcapKind kind, float cap) {
+    REQUIRE(kind == SOFTCAP_NONE || cap > 0.0f, "cross_entropy: the cap has to be positive, got %g",
+            cap);
+    if (kind == SOFTCAP_NONE) return {0.0f, 0.0f};
+    if (kind == SOFTCAP_TANH) return {-2.0f * LOSS_LOG2E / cap, 2.0f * cap};
+    return {-4.0f * LOSS_LOG2E / cap, cap};
+}
+
 static inline void cross_entropy(floatX* logits, float* losses, const int* targets, int R, int V,
                                  SoftcapKind kind, float cap, float grad_scale, bool write_grad,
                                  cudaStream_t stream) {
     REQUIRE(R > 0 && V > 0, "cross_entropy needs rows and columns; got R=%d V=%d", R, V);
-    REQUIRE(kind == SOFTCAP_NONE || cap > 0.0f, "cross_entropy: the cap has to be positive, got %g",
-            cap);
+    Softcap line = softcap_of(kind, cap);
     int lanes = cross_entropy_lanes(V), threads = lanes < WARP ? WARP : lanes;
     dim3 grid(ceil_div(R, threads / lanes)), block(threads);
     size_t smem = threads / WARP * sizeof(float2);
     if (kind == SOFTCAP_NONE) {
-        Softcap none = {0.0f, 0.0f};
         launch<cross_entropy_kernel<false>>(grid, block, smem, stream, logits, losses, targets, R,
-                                            V, none, grad_scale, write_grad, lanes);
+                                            V, line, grad_scale, write_grad, lanes);
         return;
     }
-    Softcap line = {-4.0f * LOSS_LOG2E / cap, cap};
-    if (kind == SOFTCAP_TANH) line = {-2.0f * LOSS_LOG2E / cap, 2.0f * cap};
     launch<cross_entropy_kernel<true>>(grid, block, smem, stream, logits, losses, targets, R, V,
                                        line, grad_scale, write_grad, lanes);
 }

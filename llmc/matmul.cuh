@@ -13,6 +13,7 @@ aliases         d may be c. No other output may overlap an input.
 beta = 0        the old output is not read: NaN in it does not matter. NaN in an input gives NaN.
 cost            2 M N K FLOP, bound by the tensor cores for M N K large in all three
 test            test/cases_matmul.h
+8 bits          matmul_fp8 in fp8.cuh makes its plans here
 
 cuBLASLt is column-major: the same memory is to it the transposed matrix. So what is asked for is
 
@@ -36,9 +37,13 @@ one stream; a second stream needs a Matmul of its own.
 constexpr size_t MATMUL_WORKSPACE_BYTES = 32u << 20;    // what NVIDIA recommends for Hopper
 constexpr int MATMUL_PLANS = 256;                       // a power of two; a run has some 20
 
+constexpr int MATMUL_FLOATX = FLOATX_IS_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+
 typedef struct MatmulKey {
     int M, N, K, batch;
-    int trans_a, trans_b, float_out;
+    int trans_a, trans_b;
+    int type_a, type_b, type_d;     // cudaDataType
+    int fast;                       // of 8-bit products: sums of some 14 bits do
 } MatmulKey;
 
 typedef struct MatmulPlan {
@@ -56,20 +61,34 @@ typedef struct Matmul {
     MatmulPlan plans[MATMUL_PLANS];     // open addressing; desc NULL: free
 } Matmul;
 
+static inline const char* matmul_type_name(int type) {
+    return type == CUDA_R_8F_E4M3 ? "e4m3" : type == CUDA_R_8F_E5M2 ? "e5m2"
+           : type == CUDA_R_16BF  ? "bf16" : "float";
+}
+
+static inline size_t matmul_type_bytes(int type) {
+    return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF ? 2 : 1;
+}
+
+static inline bool matmul_is_fp8(const MatmulKey* key) {
+    return matmul_type_bytes(key->type_a) == 1;
+}
+
 static inline void cublas_check(cublasStatus_t status, const char* call, const MatmulKey* key) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     if (!key) die("%s: %s", call, cublasLtGetStatusName(status));
-    die("%s: %s\nfor M=%d N=%d K=%d batch=%d trans_a=%d trans_b=%d, %s out", call,
+    die("%s: %s\nfor M=%d N=%d K=%d batch=%d trans_a=%d trans_b=%d, %s times %s, %s out", call,
         cublasLtGetStatusName(status), key->M, key->N, key->K, key->batch, key->trans_a,
-        key->trans_b, key->float_out ? "float" : FLOATX_IS_BF16 ? "bf16" : "float");
+        key->trans_b, matmul_type_name(key->type_a), matmul_type_name(key->type_b),
+        matmul_type_name(key->type_d));
 }
 
 // ---- plans ----------------------------------------------------------------------------------
 
-static inline cublasLtMatrixLayout_t matmul_layout(const MatmulKey* key, cudaDataType type,
-                                                   int rows, int cols) {
+static inline cublasLtMatrixLayout_t matmul_layout(const MatmulKey* key, int type, int rows,
+                                                   int cols) {
     cublasLtMatrixLayout_t layout;
-    cublas_check(cublasLtMatrixLayoutCreate(&layout, type, cols, rows, cols),
+    cublas_check(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, cols, rows, cols),
                  "cublasLtMatrixLayoutCreate", key);
     int32_t batch = key->batch;
     int64_t stride = (int64_t)rows * cols;
@@ -90,10 +109,23 @@ static inline uint32_t matmul_alignment(const MatmulKey* key, int rows, int cols
     return align;
 }
 
+// 8-bit products came with compute capability 8.9.
+static inline void matmul_fp8_device(const cudaDeviceProp* device) {
+    REQUIRE(10 * device->major + device->minor >= 89,
+            "matmul_fp8: %s has compute capability %d.%d; products of 8-bit floats need 8.9\n"
+            "run with --fp8-head 0",
+            device->name, device->major, device->minor);
+}
+
 static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matmul* mm) {
-    cudaDataType in = FLOATX_IS_BF16 ? CUDA_R_16BF : CUDA_R_32F;
-    cudaDataType out = key->float_out ? CUDA_R_32F : in;
     plan->key = *key;
+    if (matmul_is_fp8(key)) {
+        int id;
+        cudaDeviceProp device;
+        CUDA_CHECK(cudaGetDevice(&id));
+        CUDA_CHECK(cudaGetDeviceProperties(&device, id));
+        matmul_fp8_device(&device);
+    }
     cublas_check(cublasLtMatmulDescCreate(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F),
                  "cublasLtMatmulDescCreate", key);
     int32_t op_first = key->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;    // b comes first, see above
@@ -104,11 +136,17 @@ static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matm
     cublas_check(cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_second,
                                                 sizeof op_second),
                  "set TRANSB", key);
-    plan->a = key->trans_a ? matmul_layout(key, in, key->K, key->M)
-                           : matmul_layout(key, in, key->M, key->K);
-    plan->b = key->trans_b ? matmul_layout(key, in, key->N, key->K)
-                           : matmul_layout(key, in, key->K, key->N);
-    plan->d = matmul_layout(key, out, key->M, key->N);
+    if (matmul_is_fp8(key)) {
+        int8_t fast = key->fast != 0;
+        cublas_check(cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM,
+                                                    &fast, sizeof fast),
+                     "set FAST_ACCUM", key);
+    }
+    plan->a = key->trans_a ? matmul_layout(key, key->type_a, key->K, key->M)
+                           : matmul_layout(key, key->type_a, key->M, key->K);
+    plan->b = key->trans_b ? matmul_layout(key, key->type_b, key->N, key->K)
+                           : matmul_layout(key, key->type_b, key->K, key->N);
+    plan->d = matmul_layout(key, key->type_d, key->M, key->N);
 
     cublasLtMatmulPreference_t preference;
     uint64_t workspace_bytes = MATMUL_WORKSPACE_BYTES;
@@ -121,11 +159,12 @@ static inline void matmul_plan_make(MatmulPlan* plan, const MatmulKey* key, Matm
     const cublasLtMatmulPreferenceAttributes_t names[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    size_t out_bytes = key->float_out ? sizeof(float) : sizeof(floatX);
-    const uint32_t aligns[] = {matmul_alignment(key, key->K, key->N, sizeof(floatX)),
-                               matmul_alignment(key, key->M, key->K, sizeof(floatX)),
-                               matmul_alignment(key, key->M, key->N, out_bytes),
-                               matmul_alignment(key, key->M, key->N, out_bytes)};
+    size_t a_bytes = matmul_type_bytes(key->type_a), b_bytes = matmul_type_bytes(key->type_b);
+    size_t d_bytes = matmul_type_bytes(key->type_d);
+    const uint32_t aligns[] = {matmul_alignment(key, key->K, key->N, b_bytes),
+                               matmul_alignment(key, key->M, key->K, a_bytes),
+                               matmul_alignment(key, key->M, key->N, d_bytes),
+                               matmul_alignment(key, key->M, key->N, d_bytes)};
     for (int i = 0; i < 4; i++) {
         cublas_check(cublasLtMatmulPreferenceSetAttribute(preference, names[i], &aligns[i],
                                                           sizeof aligns[i]),
@@ -183,24 +222,23 @@ static inline void matmul_free(Matmul* mm) {
     memset(mm, 0, sizeof *mm);
 }
 
-// "matmul_nt 64x768x768": M x N x K, and the count of a batch.
+// "matmul_nt 64x768x768": M x N x K, and the count of a batch. "matmul_fp8_nt" of 8-bit floats.
 static inline int matmul_trace(const MatmulKey* key, cudaStream_t stream) {
     char name[96];
-    int n = snprintf(name, sizeof name, "matmul_%c%c %dx%dx%d", key->trans_a ? 't' : 'n',
-                     key->trans_b ? 't' : 'n', key->M, key->N, key->K);
+    int n = snprintf(name, sizeof name, "matmul_%s%c%c %dx%dx%d", matmul_is_fp8(key) ? "fp8_" : "",
+                     key->trans_a ? 't' : 'n', key->trans_b ? 't' : 'n', key->M, key->N, key->K);
     if (key->batch > 1) snprintf(name + n, sizeof name - n, " x%d", key->batch);
     return trace_begin(name, stream);
 }
 
-static inline void matmul_run(void* d, const floatX* a, const floatX* b, const void* c,
+static inline void matmul_run(void* d, const void* a, const void* b, const void* c,
                               const MatmulKey* key, float alpha, float beta, Matmul* mm,
                               cudaStream_t stream) {
     REQUIRE(key->M > 0 && key->N > 0 && key->K > 0 && key->batch > 0,
             "matmul: M=%d N=%d K=%d batch=%d, all must be positive", key->M, key->N, key->K,
             key->batch);
     REQUIRE((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)c) & 15) == 0,
-            "matmul: d=%p a=%p b=%p c=%p, all must be aligned to 16 bytes", d, (const void*)a,
-            (const void*)b, c);
+            "matmul: d=%p a=%p b=%p c=%p, all must be aligned to 16 bytes", d, a, b, c);
     REQUIRE(stream == mm->stream, "matmul: called on another stream than matmul_init\n"
             "the workspace serves one stream; make a Matmul for each");
     MatmulPlan* plan = matmul_plan(key, mm);
@@ -214,19 +252,19 @@ static inline void matmul_run(void* d, const floatX* a, const floatX* b, const v
 
 static inline void matmul_nt(floatX* y, const floatX* x, const floatX* w, int M, int N, int K,
                              Matmul* mm, cudaStream_t stream) {
-    MatmulKey key = {M, N, K, 1, false, true, false};
+    MatmulKey key = {M, N, K, 1, false, true, MATMUL_FLOATX, MATMUL_FLOATX, MATMUL_FLOATX, false};
     matmul_run(y, x, w, y, &key, 1.0f, 0.0f, mm, stream);
 }
 
 static inline void matmul_nn(floatX* y, const floatX* x, const floatX* w, int M, int N, int K,
                              Matmul* mm, cudaStream_t stream) {
-    MatmulKey key = {M, N, K, 1, false, false, false};
+    MatmulKey key = {M, N, K, 1, false, false, MATMUL_FLOATX, MATMUL_FLOATX, MATMUL_FLOATX, false};
     matmul_run(y, x, w, y, &key, 1.0f, 0.0f, mm, stream);
 }
 
 static inline void matmul_tn(float* dw, const floatX* a, const floatX* b, int M, int N, int K,
                              float beta, Matmul* mm, cudaStream_t stream) {
-    MatmulKey key = {M, N, K, 1, true, false, true};
+    MatmulKey key = {M, N, K, 1, true, false, MATMUL_FLOATX, MATMUL_FLOATX, CUDA_R_32F, false};
     matmul_run(dw, a, b, dw, &key, 1.0f, beta, mm, stream);
 }
 
@@ -234,6 +272,7 @@ static inline void matmul_tn(float* dw, const floatX* a, const floatX* b, int M,
 static inline void matmul_batched(floatX* d, const floatX* a, const floatX* b, const floatX* c,
                                   int M, int N, int K, int batch, bool trans_a, bool trans_b,
                                   float alpha, float beta, Matmul* mm, cudaStream_t stream) {
-    MatmulKey key = {M, N, K, batch, trans_a, trans_b, false};
+    MatmulKey key = {M, N, K, batch, trans_a, trans_b,
+                     MATMUL_FLOATX, MATMUL_FLOATX, MATMUL_FLOATX, false};
     matmul_run(d, a, b, c ? c : d, &key, alpha, beta, mm, stream);
 }

@@ -16,7 +16,8 @@ dx = rstd (Rᵀ dy - n mean(Rᵀdy n)); y = R n gives n = Rᵀ y / g and mean(R�
 
 qk, dqk   rows of stride ld, ldd: H heads of q, then H heads of k, D columns each; changed in place
 rstd      (N, 2H) fp32, written by forward, read by backward
-cos, sin  (T, D/2) fp32; row n = b T + t reads row t. The angle of pair j is t / base^(2j/D).
+cos, sin  (T, D/2) fp32, made by rotary_tables from a frequency f_j for each pair, and again when
+          these change; row n = b T + t reads row t, where pair j has the angle t f_j
 sizes     D = 32, 64 or 128; strides multiples of 8, pointers aligned to 16 bytes
 saved     y, which lies where x was, and rstd
 NaN       a NaN in a head makes that head NaN
@@ -137,23 +138,45 @@ static __global__ void qknorm_rotary_backward_kernel(floatX* dqk, const floatX* 
     }
 }
 
-// ---- tables and launchers ------------------------------------------------------------------
+// By value: half a head's frequencies.
+struct RotaryFrequencies {
+    float f[64];
+};
 
-// Fills host arrays. Exponent, power, its reciprocal and the angle are each rounded to float, as in
-// the recipes' tensors: at t = 1023 an angle in double would differ from theirs by up to 3e-5.
-static inline void rotary_tables(float* cos, float* sin, int T, int D, float base,
-                                 bool round_to_bf16) {
-    for (int j = 0; j < D / 2; j++) {
-        float exponent = (float)(2 * j) / (float)D;
-        float frequency = 1.0f / (float)pow((double)base, (double)exponent);
-        for (int t = 0; t < T; t++) {
-            float angle = (float)t * frequency;
-            float c = (float)(::cos)((double)angle), s = (float)(::sin)((double)angle);
-            size_t i = (size_t)t * (D / 2) + j;
-            cos[i] = round_to_bf16 ? __bfloat162float(__float2bfloat16_rn(c)) : c;
-            sin[i] = round_to_bf16 ? __bfloat162float(__float2bfloat16_rn(s)) : s;
-        }
+// Eight pairs of one position a thread. The angle is rounded to float once, as in the recipes'
+// tensors: at t = 262143 one in double would be up to 0.008 from theirs. cosf and sinf, because such
+// angles need their reduction.
+static __global__ void rotary_tables_kernel(float* cos, float* sin, RotaryFrequencies frequencies,
+                                            unsigned entries, unsigned half, bool to_bf16) {
+    unsigned i = 8 * (blockIdx.x * ROTARY_BLOCK + threadIdx.x);
+    if (i >= entries) return;
+    float t = (float)(i / half);
+    const float* f = frequencies.f + i % half;
+    float8 c, s;
+    for (int j = 0; j < 8; j++) {
+        float angle = t * f[j];
+        c.v[j] = cosf(angle);
+        s.v[j] = sinf(angle);
+        if (to_bf16) c.v[j] = round_bf16(c.v[j]), s.v[j] = round_bf16(s.v[j]);
     }
+    store8(cos + i, c);
+    store8(sin + i, s);
+}
+
+// ---- tables and launchers ----------------------------------------------------------------------
+
+// frequency: D/2 of them, on the host (schedule_frequencies in llmc/schedule.h)
+static inline void rotary_tables(float* cos, float* sin, const float* frequency, int T, int D,
+                                 bool round_to_bf16, cudaStream_t stream) {
+    REQUIRE(T > 0 && (D == 32 || D == 64 || D == 128),
+            "rotary_tables needs positions and a head dim of 32, 64 or 128, got T=%d D=%d", T, D);
+    REQUIRE((size_t)T * D < UINT32_MAX, "rotary takes tables of fewer than 2^32 entries, got T=%d",
+            T);
+    RotaryFrequencies frequencies = {};
+    memcpy(frequencies.f, frequency, D / 2 * sizeof(float));
+    unsigned half = (unsigned)D / 2, entries = (unsigned)T * half;
+    launch<rotary_tables_kernel>(dim3(ceil_div(entries, 8 * ROTARY_BLOCK)), dim3(ROTARY_BLOCK), 0,
+                                 stream, cos, sin, frequencies, entries, half, round_to_bf16);
 }
 
 static inline unsigned qknorm_rotary_blocks(const void* p, int N, int T, int H, int D, int ld) {

@@ -12,15 +12,18 @@
         trace_stream_wait(b, event);            // .. to cudaStreamWaitEvent
     }
     trace_close();
+    trace_host("loader", "read", 3, from, to, 2);     // what a thread of the host did; any thread
 
 An operation lies between two events of its stream; their times are read when the trace is written:
 by the trace_step after the last recorded one, so that a killed run has its trace, or else by
 trace_close. Either waits for the device, once.
 
-file        One object per line in {"traceEvents":[ .. ]}. Times in microseconds from the rank's own
-            first operation, so those of two ranks have no common zero. pid: rank, tid: stream.
+file        One object per line in {"traceEvents":[ .. ]}. Times in microseconds from the first
+            trace_step of the rank, so those of two ranks have no common zero. pid: rank, tid:
+            stream, or from 16 on a thread of the host.
               X  an operation: name, ts, dur, args label and issue. Issue is the place in the order
-                 in which the host made its calls, over all streams
+                 in which the host made its calls, over all streams. Of a host's thread: args step
+              C  "batches ready": how many there were when a thread of the host had done something
               i  "step" (args step); "record" and "wait" (args event, record): the n-th record of
                  an event since the trace began, and a wait for it (record 0: one from before then,
                  or none); "sync": the host waited for all of a stream, "sync event": for a record;
@@ -31,7 +34,7 @@ file        One object per line in {"traceEvents":[ .. ]}. Times in microseconds
 times       On a GPU both are the device's. On the host each is when the operation was reached: in
             order an operation's time is its own; under HOST_STREAMS=lazy work of other streams may
             be done between its begin and its end. Copies and fills record nothing unless their
-            caller does.
+            caller does. The host's threads have its clock, set beside the device's once.
 cost        Off: one test of a bool per operation, no memory. On: two events and some 100 bytes each
             until the file is written; and a stream passes two events more per operation.
 limit       trace_limit entries; then recording ends with a note, and the file has what came before.
@@ -39,13 +42,15 @@ test        test/test_trace.cu. What the order in a file proves: test/check_trac
 */
 #pragma once
 #include <cuda_runtime.h>
+#include <pthread.h>
+#include <time.h>
 #include "common.h"
 
 #ifndef CUDA_CHECK
 #error "trace.h is included by device.cuh: include that"
 #endif
 
-enum { TRACE_STREAMS = 16, TRACE_TEXT = 128 };
+enum { TRACE_STREAMS = 16, TRACE_THREADS = 2, TRACE_TEXT = 128 };
 
 typedef enum {
     TRACE_BEGIN, TRACE_END, TRACE_RECORD, TRACE_WAIT, TRACE_SYNC, TRACE_SYNC_EVENT, TRACE_STEP,
@@ -75,6 +80,14 @@ typedef struct TraceEvent {
     int entry;                  // of the last, or -1
 } TraceEvent;
 
+typedef struct TraceSpan {
+    const char* name;           // lives as long as the trace
+    int thread;
+    int64_t step;
+    double from, to;            // seconds
+    int ready;
+} TraceSpan;
+
 typedef struct Trace {
     FILE* file;                 // NULL: off, or done
     char path[4096 + 32];
@@ -88,6 +101,11 @@ typedef struct Trace {
     int text_count, text_capacity;
     int label;                  // of what is issued now
     bool cut;
+    cudaEvent_t start;          // at the first trace_step, when it was ..
+    double started;             // .. by the host's clock; 0: the threads are not recorded
+    const char* threads[TRACE_THREADS];
+    TraceSpan* spans;
+    int thread_count, span_count, span_capacity;
 } Trace;
 
 static bool trace_on;           // recording
@@ -96,6 +114,7 @@ static int trace_limit = 1 << 20;
 static Trace trace_state;
 static TraceStream trace_streams[TRACE_STREAMS];
 static int trace_stream_count;
+static pthread_mutex_t trace_lock = PTHREAD_MUTEX_INITIALIZER;     // of started, threads and spans
 
 // ---- tables --------------------------------------------------------------------------------
 
@@ -249,6 +268,55 @@ static inline cudaError_t trace_event_sync(cudaEvent_t event) {
     return cudaEventSynchronize(event);
 }
 
+static inline double trace_clock(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// What a thread of the host did from one time of CLOCK_MONOTONIC to another (the same: nothing, but
+// it looked), and how many batches were ready then. As a LoaderWatch it shows when a step waited
+// for its data. Names live as long as the trace.
+static inline void trace_host(const char* thread, const char* name, int64_t step, double from,
+                              double to, int ready) {
+    Trace* t = &trace_state;
+    pthread_mutex_lock(&trace_lock);
+    if (t->started > 0 && from >= t->started && t->span_count < trace_limit) {
+        int i = 0;
+        while (i < t->thread_count && strcmp(t->threads[i], thread) != 0) i++;
+        REQUIRE(i < TRACE_THREADS, "--trace: more than %d threads of the host", TRACE_THREADS);
+        if (i == t->thread_count) t->threads[t->thread_count++] = thread;
+        t->spans = (TraceSpan*)trace_grow(t->spans, t->span_count, &t->span_capacity,
+                                          sizeof(TraceSpan));
+        TraceSpan span = { name, i, step, from, to, ready };
+        t->spans[t->span_count++] = span;
+    }
+    pthread_mutex_unlock(&trace_lock);
+}
+
+// From here on the host's threads are recorded (on), or no more. An event lies between two readings
+// of the host's clock: of eight, the one between the nearest sets the clocks beside each other.
+static inline void trace_threads(bool on) {
+    Trace* t = &trace_state;
+    double started = 0, nearest = INFINITY;
+    for (int i = 0; on && i < 8; i++) {
+        double from = trace_clock();
+        cudaEvent_t stamp = trace_stamp(trace_stream_count ? trace_streams[0].stream : NULL);
+        CUDA_CHECK(cudaEventSynchronize(stamp));
+        double apart = trace_clock() - from;
+        bool best = apart < nearest;
+        cudaEvent_t other = best ? t->start : stamp;
+        if (other) CUDA_CHECK(cudaEventDestroy(other));
+        if (!best) continue;
+        t->start = stamp;
+        nearest = apart;
+        started = from + apart / 2;
+    }
+    pthread_mutex_lock(&trace_lock);
+    t->started = started;
+    pthread_mutex_unlock(&trace_lock);
+}
+
 // The name that the compiler gives to template parameter K: "... [with auto K = name; ...]".
 static inline void trace_shorten(char* name, size_t size, const char* function) {
     const char* s = strstr(function, "K = ");
@@ -270,22 +338,18 @@ template <auto K> static inline const char* trace_kernel_name(void) {
 // stamp to the next, which also keeps them in order.
 static inline void trace_read_stamps(void) {
     Trace* t = &trace_state;
-    cudaEvent_t base = NULL, last[TRACE_STREAMS] = {};
-    double last_ms[TRACE_STREAMS] = {}, first_ms = 0;
+    cudaEvent_t last[TRACE_STREAMS] = {};
+    double last_ms[TRACE_STREAMS] = {};
     for (int i = 0; i < t->count; i++) {
         TraceEntry* e = &t->entries[i];
         if (!e->stamp) continue;
-        if (!base) base = e->stamp;
         float ms = 0;
-        cudaEvent_t from = last[e->stream] ? last[e->stream] : base;
+        cudaEvent_t from = last[e->stream] ? last[e->stream] : t->start;
         CUDA_CHECK(cudaEventElapsedTime(&ms, from, e->stamp));
         e->ms = last_ms[e->stream] + ms;
         last[e->stream] = e->stamp;
         last_ms[e->stream] = e->ms;
-        if (e->ms < first_ms) first_ms = e->ms;
     }
-    for (int i = 0; i < t->count; i++)
-        if (t->entries[i].stamp) t->entries[i].ms -= first_ms;
 }
 
 // What has no stamp: a record and a sync stand where the work before them ended, a wait where the
@@ -341,6 +405,19 @@ static inline void trace_put_name(const char* what, int stream, const char* name
     fputs("}}", t->file);
 }
 
+// Of a thread: what took time, and the counter behind it.
+static inline void trace_put_span(const TraceSpan* span, double started) {
+    Trace* t = &trace_state;
+    int64_t from = llround((span->from - started) * 1e9), to = llround((span->to - started) * 1e9);
+    if (to > from) {
+        trace_put("X", span->name, TRACE_STREAMS + span->thread, from);
+        fprintf(t->file, ",\"dur\":%" PRId64 ".%03d,\"args\":{\"step\":%" PRId64 "}}",
+                (to - from) / 1000, (int)((to - from) % 1000), span->step);
+    }
+    trace_put("C", "batches ready", TRACE_STREAMS + span->thread, to);
+    fprintf(t->file, ",\"args\":{\"ready\":%d}}", span->ready);
+}
+
 static inline void trace_put_mark(const char* name, const TraceEntry* e, int issue) {
     trace_put("i", name, e->stream, trace_ns(e));
     fputs(",\"s\":\"t\",\"args\":{", trace_state.file);
@@ -364,7 +441,7 @@ static inline void trace_put_arrow(const TraceEntry* wait, int id) {
     fprintf(t->file, ",\"cat\":\"wait\",\"id\":%d,\"bp\":\"e\"}", id);
 }
 
-static inline void trace_write(void) {
+static inline void trace_write(double started) {
     static const char* const MARKS[] = { "", "", "record", "wait", "sync", "sync event", "step",
                                          "cut" };
     Trace* t = &trace_state;
@@ -375,6 +452,10 @@ static inline void trace_write(void) {
     for (int i = 0; i < trace_stream_count; i++) {
         fputs(",\n", t->file);
         trace_put_name("thread_name", i, trace_streams[i].name);
+    }
+    for (int i = 0; i < t->thread_count; i++) {
+        fputs(",\n", t->file);
+        trace_put_name("thread_name", TRACE_STREAMS + i, t->threads[i]);
     }
     for (int i = 0; i < t->count; i++) {
         const TraceEntry* e = &t->entries[i];
@@ -391,6 +472,7 @@ static inline void trace_write(void) {
         json_string(t->file, t->texts[e->label], strlen(t->texts[e->label]));
         fprintf(t->file, ",\"issue\":%d}}", i);
     }
+    for (int i = 0; i < t->span_count; i++) trace_put_span(&t->spans[i], started);
     fputs("\n]}\n", t->file);
 }
 
@@ -406,12 +488,18 @@ static inline void trace_path(char* path, size_t size, const char* file, int ran
     REQUIRE(n >= 0 && (size_t)n < size, "--trace: a name of %zu letters is too long", strlen(file));
 }
 
+static inline void trace_clear(void) {
+    pthread_mutex_lock(&trace_lock);
+    memset(&trace_state, 0, sizeof trace_state);
+    pthread_mutex_unlock(&trace_lock);
+}
+
 // Opens the file at once: a path that cannot be written is told before the first step, not after.
 static inline void trace_open(const char* path, int rank, int world) {
     Trace* t = &trace_state;
     if (!path[0]) return;
     REQUIRE(!t->file, "trace_open: a trace is open already, %s", t->path);
-    memset(t, 0, sizeof *t);
+    trace_clear();
     t->rank = rank;
     trace_path(t->path, sizeof t->path, path, rank, world);
     t->file = fopen(t->path, "w");
@@ -421,24 +509,28 @@ static inline void trace_open(const char* path, int rank, int world) {
 static inline void trace_close(void) {
     Trace* t = &trace_state;
     if (!t->file) return;
+    double started = t->started;
     trace_on = false;
+    trace_threads(false);
     CUDA_CHECK(cudaDeviceSynchronize());
     for (int i = 0; i < t->count; i++)
         REQUIRE(t->entries[i].kind != TRACE_BEGIN || t->entries[i].other >= 0,
                 "--trace: %s was begun and never ended", t->texts[t->entries[i].name]);
     trace_read_stamps();
     trace_place_marks();
-    trace_write();
+    trace_write(started);
     REQUIRE(fflush(t->file) == 0 && !ferror(t->file), "--trace %s: cannot be written: %s", t->path,
             strerror(errno));
     fclose(t->file);
     for (int i = 0; i < t->count; i++)
         if (t->entries[i].stamp) CUDA_CHECK(cudaEventDestroy(t->entries[i].stamp));
+    if (t->start) CUDA_CHECK(cudaEventDestroy(t->start));
     for (int i = 0; i < t->text_count; i++) free(t->texts[i]);
     free(t->texts);
+    free(t->spans);
     free(t->events);
     free(t->entries);
-    memset(t, 0, sizeof *t);
+    trace_clear();
     trace_stream_count = 0;
 }
 
@@ -451,7 +543,7 @@ static inline void trace_step(int64_t step) {
         trace_close();
         return;
     }
-    t->steps++;
+    if (t->steps++ == 0) trace_threads(true);
     if (t->cut) return;
     trace_on = true;
     t->label = trace_text("");

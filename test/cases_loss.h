@@ -116,12 +116,12 @@ static void test_loss_edges(int V) {
     free(z);
 }
 
-// V that is no multiple of 8: the columns behind it are neither read nor given a gradient.
+// V that is no multiple of 16: the columns behind it are neither read nor given a gradient.
 static void test_loss_ragged(SoftcapKind kind, int V) {
-    const int R = 3, ld = loss_stride(V);
-    double *z = test_doubles((size_t)R * V), *dz = test_doubles((size_t)R * V), losses[3];
+    const int R = 4, ld = loss_stride(V);
+    double *z = test_doubles((size_t)R * V), *dz = test_doubles((size_t)R * V), losses[4];
     double* padded = test_doubles((size_t)R * ld);
-    int targets[3] = {0, V - 1, V / 2};
+    int targets[4] = {0, V - 1, V / 2, -1};
     test_fill_normal(z, (size_t)R * V, 8, 3.0);
     oracle_cross_entropy(dz, losses, z, targets, R, V, kind, 30, 1.0);
     double* want = test_doubles((size_t)R * ld);
@@ -201,7 +201,7 @@ static void test_loss_exact(int V) {
 // at -15 or 0 they add less than 1e-7 of the row's sum.
 static void test_loss_golden(const char* path, const char* prefix, int R, int V, SoftcapKind kind,
                              float cap, const char* targets_name, bool mean) {
-    int padded = (V + 7) / 8 * 8, counted = 0;
+    int padded = loss_stride(V), counted = 0;
     char name[64], what[96];
     SafeFile file;
     safetensors_open(&file, path);
@@ -295,15 +295,17 @@ static void test_exp2_8(void) {
 
 static void test_loss(void) {
     test_exp2_8();
-    const int sizes[][2] = {{1, 8},    {5, 64},   {3, 128},  {70, 256},
-                            {7, 1000}, {3, 2056}, {4, 4096}, {3, 50304}};
+    const int sizes[][2] = {{1, 16},   {5, 64},   {3, 128},  {70, 256},
+                            {7, 1008}, {3, 2064}, {4, 4096}, {3, 50304}};
     for (int i = 0; i < 8; i++) test_loss_random(sizes[i][0], sizes[i][1]);
     test_loss_edges(128);
-    test_loss_edges(5000);
+    test_loss_edges(5008);
     for (int k = 0; k < 3; k++) {
         test_loss_nan((SoftcapKind)k, 256);
-        test_loss_nan((SoftcapKind)k, 5000);
+        test_loss_nan((SoftcapKind)k, 5008);
         test_loss_ragged((SoftcapKind)k, 3);
+        test_loss_ragged((SoftcapKind)k, 8);
+        test_loss_ragged((SoftcapKind)k, 1000);
         test_loss_ragged((SoftcapKind)k, 77);
         test_loss_ragged((SoftcapKind)k, 2501);
     }

@@ -6,6 +6,9 @@ Allowed, with u = 2^-24: a x + b z rounds twice in float and 1 - s once, so y is
 most 8 + 8 + 5 additions in a warp, ceil(warps/256) + 13 in the last block, a product and a
 difference: allowed is that many u times the sum of the products' magnitudes, and one more for ds
 itself. Whole numbers are exact throughout.
+
+The gate's sigmoid passes through an exponential right to 4 u, one addition and one division: its
+weight is right to 6 u, so that all of MIX_GATE gets 6 u more, and its slope to 12 u.
 */
 #pragma once
 #include "../llmc/mix.cuh"
@@ -55,6 +58,8 @@ static void test_mix_free(MixTensor* t) {
     cudaFree(t->device);
 }
 
+static const char* const MIX_LABELS[] = {"pair", "skip", "lerp", "gate", "minus"};
+
 // strided: every tensor is a slice of a wider one, each with its own row stride. one: z is NULL.
 static void test_mix_case(MixMode mode, int N, int C, bool strided, bool whole, bool one) {
     const double u = 0x1p-24;
@@ -68,6 +73,7 @@ static void test_mix_case(MixMode mode, int N, int C, bool strided, bool whole, 
     MixTensor dz = test_mix_tensor(N, C, C + 5 * wider, from, 14, whole);
     MixTensor dx = test_mix_tensor(N, C, C + 6 * wider, from, 15, whole);
     double s[2] = {0.6875, -0.59375}, ds[2] = {3, 5};
+    bool gate = mode == MIX_GATE, keeps_x = mode != MIX_PAIR && mode != MIX_LERP;
     if (whole) s[0] = mode == MIX_LERP ? 3 : 2, s[1] = -1;
     for (size_t i = 0; one && i < n; i++) z.slice[i] = 0;          // y = s[0] x
     float *s_d = test_upload_float(s, 2), *ds_d = test_upload_float(ds, 2);
@@ -82,12 +88,14 @@ static void test_mix_case(MixMode mode, int N, int C, bool strided, bool whole, 
         double forward = fabs(a * xi) + fabs(b * zi), backward = fabs(b * d) + fabs(dz.slice[i]);
         if (forward > largest) largest = forward;
         if (backward > largest) largest = backward;
-        products[0] += fabs(d) * (mode == MIX_PAIR ? fabs(xi) : fabs(xi) + fabs(zi));
+        products[0] += fabs(d) * (mode == MIX_PAIR ? fabs(xi) : fabs(xi) + fabs(zi)) *
+                       (gate ? b * (1 - b) : 1);
         products[1] += fabs(d * zi);
     }
-    double abs_tol = whole ? 0 : 3 * u * largest, rel_tol = whole ? 0 : TEST_EPS;
-    double adds = whole ? 0 : 8 + 8 + 5 + (8 * mix_blocks(N, C) / 256 + 1) + 13 + 3;
-    const char* label = mode == MIX_PAIR ? "pair" : mode == MIX_SKIP ? "skip" : "lerp";
+    double abs_tol = whole ? 0 : (gate ? 9 : 3) * u * largest, rel_tol = whole ? 0 : TEST_EPS;
+    double adds = 8 + 8 + 5 + (8 * mix_blocks(N, C) / 256 + 1) + 13 + 3 + (gate ? 12 : 0);
+    if (whole) adds = 0;
+    const char* label = MIX_LABELS[mode];
 
     mix_forward(y.device + from, x_d, z_d, s_d, mode, N, C, y.ld, x.ld, z.ld, 0);
     oracle_mix_forward(y.slice, x.slice, z.slice, s, mode, N, C);
@@ -95,7 +103,7 @@ static void test_mix_case(MixMode mode, int N, int C, bool strided, bool whole, 
     test_mix_compare(what, &y, N, C, abs_tol, rel_tol);
 
     mix_backward(dx.device + from, one ? NULL : dz.device + from, ds_d, dy_d,
-                 mode == MIX_SKIP ? NULL : x_d, z_d, s_d, mode, N, C, dx.ld, dz.ld, dy.ld, x.ld,
+                 keeps_x ? NULL : x_d, z_d, s_d, mode, N, C, dx.ld, dz.ld, dy.ld, x.ld,
                  z.ld, scratch, 0);
     float* ds_got = test_download_float(ds_d, 2);
     double* dz_slice = test_doubles(n);                     // stays what it is if dz is NULL
@@ -152,9 +160,10 @@ static void test_mix(void) {
     // one chunk; less than a block; the blocks' parts in one warp, and in more than one
     const int sizes[][2] = {{1, 8}, {5, 64}, {33, 96}, {171, 768}, {6200, 96}};
     for (int i = 0; i < 5; i++) {
-        for (int m = 0; m < 3; m++) {
+        for (int m = 0; m < 5; m++) {
             test_mix_case((MixMode)m, sizes[i][0], sizes[i][1], i == 1 || i == 2, false, false);
-            if (i < 4) test_mix_case((MixMode)m, sizes[i][0], sizes[i][1], i == 2, true, false);
+            if (i == 4 || m == MIX_GATE) continue;               // a gate is no whole number
+            test_mix_case((MixMode)m, sizes[i][0], sizes[i][1], i == 2, true, false);
         }
     }
     test_mix_case(MIX_PAIR, 33, 96, true, false, true);

@@ -6,10 +6,14 @@ squares in 16 + 3 additions and a root, 13 u; each element takes 3 roundings mor
 floatX. Backward is measured against the oracle's gradient at x, while the kernel starts from y as
 stored: each y is off by e |y|, and so is the mean of dy y by e mean|dy y|; with |c| + |s| <= 1.5
 that is 3 e of the larger term.
+
+Tables: CUDA's cosf and sinf are right to 2 units in the last place, and the oracle's are rounded
+once: 5 u of the value. Rounded to bf16 a few fall to the other side.
 */
 #pragma once
 #include "../llmc/rotary.cuh"
 #include "../llmc/safetensors.h"
+#include "../llmc/schedule.h"
 #include "oracle.h"
 #include "test.h"
 
@@ -34,6 +38,24 @@ static void test_rotary_wide(double* wide, const double* heads, const RotaryCase
     }
 }
 
+// What rotary_tables makes of the frequencies, as host arrays.
+static void test_rotary_tables(float** c, float** s, const float* f, int T, int D, bool to_bf16) {
+    size_t n = (size_t)T * D / 2;
+    float *c_d = test_device_float(n), *s_d = test_device_float(n);
+    rotary_tables(c_d, s_d, f, T, D, to_bf16, 0);
+    *c = test_download_float(c_d, n), *s = test_download_float(s_d, n);
+    cudaFree(c_d), cudaFree(s_d);
+}
+
+// bf16 tables: this share of the values, and one more, may have been rounded to the other side.
+static void test_rotary_values(const char* what, const float* got, const double* want, size_t n,
+                               bool bf16_tables, double share) {
+    size_t differ = 0;
+    for (size_t i = 0; i < n; i++) differ += got[i] != want[i];
+    test_compare(what, got, want, n, 0, bf16_tables ? 0x1p-7 : 5 * 0x1p-24);
+    if (bf16_tables) test_check(what, (double)differ, share * (double)n + 1);
+}
+
 static void test_rotary_case(const RotaryCase* k) {
     const double u = 0x1p-24;
     int N = k->B * k->T, heads = N * 2 * k->H, D = k->D, table = k->T * D / 2;
@@ -41,17 +63,20 @@ static void test_rotary_case(const RotaryCase* k) {
     double *x_w = test_doubles(wide), *dy_w = test_doubles(wide), *x = test_doubles(n);
     double *dy = test_doubles(n), *y = test_doubles(n), *dx = test_doubles(n);
     double *rstd = test_doubles(heads), *c = test_doubles(table), *s = test_doubles(table);
-    float *c_f = test_floats(table), *s_f = test_floats(table);
+    float f[64], oracle_f[64], *c_f, *s_f;
     test_fill_normal(x_w, wide, 1, 0.5);
     test_fill_normal(dy_w, wide, 2, 1.0);
     for (int d = 0; d < D; d++) x_w[d] = 0;               // a head of zeros, and a tiny one
     for (int d = 0; d < D; d++) x_w[D + d] *= 0x1p-20;
     test_rotary_heads(x, x_w, k);
     test_rotary_heads(dy, dy_w, k);
-    oracle_rotary_tables(c, s, k->T, D, 10000.0f, k->bf16_tables);
-    rotary_tables(c_f, s_f, k->T, D, 10000.0f, k->bf16_tables);
-    test_compare("rotary_tables cos", c_f, c, table, 0, 0);
-    test_compare("rotary_tables sin", s_f, s, table, 0, 0);
+    oracle_frequencies(oracle_f, D, 10000.0f);
+    rotary_frequencies(f, D, 10000, false);
+    test_same_bits("rotary_frequencies", f, oracle_f, D / 2 * sizeof(float));
+    oracle_frequency_tables(c, s, f, k->T, D, k->bf16_tables);
+    test_rotary_tables(&c_f, &s_f, f, k->T, D, k->bf16_tables);
+    test_rotary_values("rotary_tables cos", c_f, c, table, k->bf16_tables, 1e-3);
+    test_rotary_values("rotary_tables sin", s_f, s, table, k->bf16_tables, 1e-3);
     oracle_qknorm_rotary_forward(y, rstd, x, c, s, k->B, k->T, 2 * k->H, D, k->eps, k->norm_first);
     oracle_qknorm_rotary_backward(dx, dy, x, c, s, k->B, k->T, 2 * k->H, D, k->eps, k->norm_first);
 
@@ -138,9 +163,9 @@ static double* test_rotary_read(const SafeFile* f, int n, const char* format, co
 }
 
 // The rotation alone: forward divided by rstd, and backward with y = 0 and rstd = 1. The file's
-// (B, T, H, D) = (2, 40, 3, D) are taken as q, and again as k.
+// (B, T, H, D) = (1, 40, 1, D) are taken as q, and again as k.
 static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
-    enum { B = 2, T = 40, H = 3 };
+    enum { B = 1, T = 40, H = 1 };
     const double u = 0x1p-24;
     int n = B * T * H * D, table = T * D / 2, heads = B * T * H;
     double *c = test_rotary_read(f, table, "rot.%s.D%d.cos", set, D);
@@ -191,11 +216,12 @@ static void test_rotary_golden_set(const SafeFile* f, const char* set, int D) {
 // from ours and its cosines another. Rounded to bf16 almost all are equal.
 static void test_rotary_golden_tables(const SafeFile* f, int D) {
     int T = 1024, half = D / 2;
-    float *c = test_floats(T * half), *s = test_floats(T * half);
+    float frequencies[64], *c, *s, *c_bf16, *s_bf16;
     double *first = test_rotary_read(f, 40 * half, "rot.%s.D%d.cos", "modern.f32", D);
     double *c_last = test_rotary_read(f, half, "rot.%s.D%d.cos_1023", "modern.f32", D);
     double *s_last = test_rotary_read(f, half, "rot.%s.D%d.sin_1023", "modern.f32", D);
-    rotary_tables(c, s, T, D, 10000.0f, false);
+    rotary_frequencies(frequencies, D, 10000, false);
+    test_rotary_tables(&c, &s, frequencies, T, D, false);
     test_compare("rotary_tables golden cos, t < 40", c, first, 40 * half, 41 * 0x1p-23, 0);
     double worst = 0;
     for (int j = 0; j < half; j++) {
@@ -205,12 +231,52 @@ static void test_rotary_golden_tables(const SafeFile* f, int D) {
     }
     test_check("rotary_tables golden, t = 1023, in units of what is allowed", worst, 1);
     double* rounded = test_rotary_read(f, 40 * half, "rot.%s.D%d.cos", "modern.bf16", D);
-    int differ = 0;
-    rotary_tables(c, s, 40, D, 10000.0f, true);
-    for (int i = 0; i < 40 * half; i++) differ += c[i] != rounded[i];
-    test_check("rotary_tables golden bf16, share that rounds the other way", differ / (40.0 * half),
-               1e-3);
-    free(c), free(s), free(first), free(c_last), free(s_last), free(rounded);
+    test_rotary_tables(&c_bf16, &s_bf16, frequencies, 40, D, true);
+    test_rotary_values("rotary_tables golden bf16", c_bf16, rounded, 40 * half, true, 1e-3);
+    free(c), free(s), free(c_bf16), free(s_bf16), free(first), free(c_last), free(s_last);
+    free(rounded);
+}
+
+// Tables of the file's own frequencies, after none to three changes of the window, at its 18
+// positions: those up to 4095, and once all, with the frequencies that are not 0. The file's
+// cosines are of another libm, whose last bit decides the rounding to bf16 in one cell of a few
+// thousand.
+static void test_rotary_golden_yarn(const SafeFile* f, int D, int change) {
+    const int* positions = (const int*)safetensors_data(f, "positions", SAFE_I32, 18);
+    char name[96], set[3][16];
+    for (int far = 0; far <= (D == 64 && change == 3); far++) {
+        int T = far ? 262144 : 4096, used = far ? D / 4 : D / 2, rows = 0;
+        snprintf(name, sizeof name, "D%d.%d.freq", D, change);
+        const float* frequencies = (const float*)safetensors_data(f, name, SAFE_F32, D / 2);
+        float *c, *s, *exact, *unused, got[3][18 * 64];
+        double want[3][18 * 64];
+        test_rotary_tables(&c, &s, frequencies, T, 2 * used, true);
+        test_rotary_tables(&exact, &unused, frequencies, T, 2 * used, false);
+        const char* const kinds[3] = {"cos", "sin", "cos_f32"};
+        const float* made[3] = {c, s, exact};
+        double* file[3];
+        for (int k = 0; k < 3; k++) {
+            snprintf(set[k], sizeof set[k], "%d.%s", change, kinds[k]);
+            file[k] = test_rotary_read(f, 9 * D, "D%2$d.%1$s", set[k], D);
+        }
+        for (int i = 0; i < 18; i++) {
+            if (positions[i] >= T) continue;
+            for (int k = 0; k < 3; k++) {
+                for (int j = 0; j < used; j++) {
+                    got[k][rows * used + j] = made[k][(size_t)positions[i] * used + j];
+                    want[k][rows * used + j] = file[k][i * D / 2 + j];
+                }
+            }
+            rows++;
+        }
+        test_true("yarn positions", rows == (far ? 18 : 14));
+        for (int k = 0; k < 3; k++) {
+            snprintf(name, sizeof name, "yarn golden D=%d %s T=%d", D, set[k], T);
+            test_rotary_values(name, got[k], want[k], (size_t)rows * used, k < 2, 2e-3);
+            free(file[k]);
+        }
+        free(c), free(s), free(exact), free(unused);
+    }
 }
 
 // The norm alone: cos 1, sin 0. 24 rows of the file are 12 rows of a head of q and one of k; row 3 is
@@ -258,6 +324,11 @@ static void test_rotary_golden(void) {
         test_rotary_golden_set(&f, "modern.f32", D);
         test_rotary_golden_set(&f, "modern.bf16", D);
         test_rotary_golden_set(&f, "sub3", D);
+    }
+    safetensors_close(&f);
+    safetensors_open(&f, "test/golden/units/yarn.safetensors");
+    for (int D = 64; D <= 128; D *= 2) {
+        for (int change = 0; change < 4; change++) test_rotary_golden_yarn(&f, D, change);
     }
     safetensors_close(&f);
     safetensors_open(&f, "test/golden/units/rms_norm.safetensors");

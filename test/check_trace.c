@@ -1,7 +1,7 @@
 /*
 Reads what --trace wrote and proves from it that a step of the trainer is in order and overlaps.
 
-    check_trace [--zero 0|1] [--verbose] FILE...      one file, or one of each rank
+    check_trace [--zero 0|1] [--data] [--verbose] FILE...      one file, or one of each rank
 
 Order is happens-before, by vector clocks, and not by times: one run that went well proves nothing.
 The operations of a stream follow one another; a wait puts what comes after it behind all that its
@@ -25,6 +25,8 @@ the newest weights is for a comparison of the ranks to show.
   c weights     a gather comes after the updates before it; what reads a weight after its gather
   d hiding      gathers go out in forward order, and forward 0 does not wait for the last
     ranks       all ranks issue the same collectives in the same order
+    data        with --data: what was read ahead is in the trace, and a step never waits for it.
+                That alone is a matter of times: true of this run, on this machine
 
 --zero 1 demands that there are reduces and gathers, --zero 0 reduces and no gathers. Without it
 what is not there is skipped, and said.
@@ -38,7 +40,7 @@ test        test/test_trace.cu
 
 // ---- a trace -------------------------------------------------------------------------------
 
-enum { CHECK_STREAMS = 16, CHECK_FILES = 1024 };
+enum { CHECK_STREAMS = 16, CHECK_THREADS = 2, CHECK_FILES = 1024 };
 
 typedef enum { ITEM_OP, ITEM_RECORD, ITEM_WAIT, ITEM_SYNC, ITEM_SYNC_EVENT, ITEM_STEP,
                ITEM_CUT } ItemKind;
@@ -59,12 +61,23 @@ typedef struct Item {
     bool reads_attn, reads_mlp, writes_attn, writes_mlp;
 } Item;
 
+// What a thread of the host did.
+typedef struct Span {
+    int thread;
+    char name[32];
+    double ts, dur;
+    int64_t step;
+} Span;
+
 typedef struct TraceFile {
     const char* path;
     Item* items;
     int count, capacity;
     int rank;
-    char stream_names[CHECK_STREAMS][32];
+    char stream_names[CHECK_STREAMS + CHECK_THREADS][32];
+    Span* spans;
+    int span_count, span_capacity;
+    int looks;                  // at how many batches are ready
     int arrows_begun, arrows_ended;
     int* steps;                 // item each begins at; steps[step_count]: the end
     int step_count;
@@ -159,7 +172,7 @@ static bool read_number(Reader* r, double* x) {
 // together.
 typedef struct Fields {
     char ph[8], name[96], label[96], s[8], cat[16], bp[8], arg_name[96];
-    double pid, tid, ts, dur, id, issue, event, record, step;
+    double pid, tid, ts, dur, id, issue, event, record, step, ready;
 } Fields;
 
 static bool read_fields(Reader* r, Fields* f, bool args) {
@@ -178,7 +191,7 @@ static bool read_fields(Reader* r, Fields* f, bool args) {
             {"ts", false, NULL, 0, &f->ts}, {"dur", false, NULL, 0, &f->dur},
             {"id", false, NULL, 0, &f->id}, {"issue", true, NULL, 0, &f->issue},
             {"event", true, NULL, 0, &f->event}, {"record", true, NULL, 0, &f->record},
-            {"step", true, NULL, 0, &f->step}};
+            {"step", true, NULL, 0, &f->step}, {"ready", true, NULL, 0, &f->ready}};
         int i = 0, n = (int)(sizeof known / sizeof known[0]);
         while (i < n && !(strcmp(known[i].key, key) == 0 && known[i].args == args)) i++;
         bool ok = i < n ? known[i].text ? read_string(r, known[i].text, known[i].size)
@@ -214,12 +227,38 @@ static void item_label(Item* e) {
     if (e->work != FORWARD && e->work != BACKWARD) e->first = e->last = -1;
 }
 
+// Of a thread of the host: what took time, or the number of batches that were ready then.
+static bool file_add_span(Reader* r, const Fields* f) {
+    TraceFile* t = r->file;
+    if (strcmp(f->ph, "C") == 0) {
+        t->looks++;
+        return f->ready >= 0 || reader_fails(r, "a counter without a number");
+    }
+    if (strcmp(f->ph, "X") != 0) return reader_fails(r, "an unknown event of a thread");
+    if (!(f->ts >= 0 && f->dur >= 0 && f->step >= 0)) return reader_fails(r, "no time or step");
+    if (t->span_count == t->span_capacity) {
+        t->span_capacity = 2 * t->span_capacity + 64;
+        t->spans = (Span*)realloc(t->spans, (size_t)t->span_capacity * sizeof(Span));
+        REQUIRE(t->spans, "out of memory for %d entries of %s", t->span_capacity, t->path);
+    }
+    Span* span = &t->spans[t->span_count++];
+    memset(span, 0, sizeof *span);
+    span->thread = (int)f->tid;
+    snprintf(span->name, sizeof span->name, "%.31s", f->name);
+    span->ts = f->ts;
+    span->dur = f->dur;
+    span->step = (int64_t)f->step;
+    return true;
+}
+
 static bool file_add(Reader* r, const Fields* f) {
     static const struct { const char* name; ItemKind kind; } MARKS[] = {
         {"record", ITEM_RECORD}, {"wait", ITEM_WAIT}, {"sync", ITEM_SYNC},
         {"sync event", ITEM_SYNC_EVENT}, {"step", ITEM_STEP}, {"cut", ITEM_CUT}};
     TraceFile* t = r->file;
-    if (!(f->tid >= 0 && f->tid < CHECK_STREAMS)) return reader_fails(r, "a tid out of range");
+    bool of_thread = f->tid >= CHECK_STREAMS;
+    if (!(f->tid >= 0 && f->tid < CHECK_STREAMS + CHECK_THREADS))
+        return reader_fails(r, "a tid out of range");
     int stream = (int)f->tid;
     t->rank = (int)f->pid;
     if (strcmp(f->ph, "M") == 0) {
@@ -227,6 +266,7 @@ static bool file_add(Reader* r, const Fields* f) {
             snprintf(t->stream_names[stream], sizeof t->stream_names[0], "%.31s", f->arg_name);
         return true;
     }
+    if (of_thread) return file_add_span(r, f);
     if (strcmp(f->ph, "s") == 0 || strcmp(f->ph, "f") == 0) {
         t->arrows_begun += f->ph[0] == 's';
         t->arrows_ended += f->ph[0] == 'f';
@@ -266,7 +306,7 @@ static bool file_read_events(Reader* r) {
     while (true) {
         Fields f;
         memset(&f, 0, sizeof f);
-        f.pid = f.tid = f.ts = f.dur = f.issue = f.event = f.record = f.step = NAN;
+        f.pid = f.tid = f.ts = f.dur = f.issue = f.event = f.record = f.step = f.ready = NAN;
         if (!read_fields(r, &f, false) || !file_add(r, &f)) return false;
         if (reader_takes(r, ']')) break;
         if (!reader_takes(r, ',')) return reader_fails(r, "no comma between events");
@@ -277,6 +317,7 @@ static bool file_read_events(Reader* r) {
 
 static void file_free(TraceFile* t) {
     free(t->items);
+    free(t->spans);
     free(t->steps);
     memset(t, 0, sizeof *t);
 }
@@ -379,7 +420,7 @@ static bool file_parse(TraceFile* t, const char* path, const char* text) {
 // ---- verdicts ------------------------------------------------------------------------------
 
 typedef enum { CHECK_FILE, CHECK_REDUCE, CHECK_GRADIENTS, CHECK_WEIGHTS, CHECK_HIDING, CHECK_RANKS,
-               CHECKS } Check;
+               CHECK_DATA, CHECKS } Check;
 
 typedef struct Verdict {
     bool quiet;                 // count only; for the test of this program
@@ -682,6 +723,35 @@ static void check_ranks(Verdict* v, const TraceFile* a, const TraceFile* b) {
           a->step_count, b->path, b->step_count);
 }
 
+// ---- data ----------------------------------------------------------------------------------
+
+static bool span_is(const TraceFile* t, const Span* s, const char* thread, const char* name) {
+    return strcmp(t->stream_names[s->thread], thread) == 0 && strcmp(s->name, name) == 0;
+}
+
+// The thread that reads was seen in each step but two (it is two ahead: those of the first steps may
+// have been read before them, and those of the last the data may not have), and the steps found their
+// batches.
+static void check_data(Verdict* v, const TraceFile* t) {
+    int reads = 0;
+    for (int i = 0; i < t->span_count; i++) reads += span_is(t, &t->spans[i], "loader", "read");
+    judge(v, CHECK_DATA, reads >= t->step_count - 2 && reads > 0 && t->looks > reads,
+          "%d batches were read during %d steps, %d times somebody looked how many are ready",
+          reads, t->step_count, t->looks);
+    for (int s = 0; s < t->step_count; s++) {
+        int64_t step = t->items[t->steps[s]].step;
+        double waited = 0;
+        int waits = 0;
+        for (int i = 0; i < t->span_count; i++) {
+            if (!span_is(t, &t->spans[i], "host", "wait") || t->spans[i].step != step) continue;
+            waited += t->spans[i].dur;
+            waits++;
+        }
+        judge(v, CHECK_DATA, waits == 0, "step %" PRId64 " never waits for data: %d times, %.0f us",
+              step, waits, waited);
+    }
+}
+
 // ---- all -----------------------------------------------------------------------------------
 
 static void check_trace(Verdict* v, TraceFile* t) {
@@ -740,21 +810,24 @@ int main(int argc, char** argv) {
     static TraceFile files[CHECK_FILES];
     static Verdict verdict;
     int count = 0, zero = -1;
+    bool data = false;
     program_name = "check_trace";
     test_init(1, argv);
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--verbose") == 0) {
             test_state.verbose = true;
+        } else if (strcmp(argv[i], "--data") == 0) {
+            data = true;
         } else if (strcmp(argv[i], "--zero") == 0 && i + 1 < argc && strchr("01", argv[i + 1][0])) {
             zero = argv[++i][0] - '0';
         } else {
-            REQUIRE(argv[i][0] != '-', "%s?\ncheck_trace [--zero 0|1] [--verbose] FILE...",
+            REQUIRE(argv[i][0] != '-', "%s?\ncheck_trace [--zero 0|1] [--data] [--verbose] FILE...",
                     argv[i]);
             REQUIRE(count < CHECK_FILES, "more than %d files", CHECK_FILES);
             files[count++].path = argv[i];
         }
     }
-    REQUIRE(count, "which file?\ncheck_trace [--zero 0|1] [--verbose] FILE...");
+    REQUIRE(count, "which file?\ncheck_trace [--zero 0|1] [--data] [--verbose] FILE...");
     for (int i = 0; i < count; i++) {
         char* text = file_text(files[i].path);
         char name[64];
@@ -767,6 +840,7 @@ int main(int argc, char** argv) {
             files[i].step_count = 0;
         } else {
             check_trace(&verdict, &files[i]);
+            if (data) check_data(&verdict, &files[i]);
             print_steps(&files[i]);
         }
         free(text);
@@ -775,7 +849,7 @@ int main(int argc, char** argv) {
     for (int i = 1; i < count; i++) check_ranks(&verdict, &files[0], &files[i]);
     check_found(&verdict, zero);
     static const char* const NAMES[] = {"file", "a reduce", "b gradients", "c weights", "d hiding",
-                                        "ranks"};
+                                        "ranks", "data"};
     for (int c = 0; c < CHECKS; c++)
         printf("      %-12s %6d hold, %d do not\n", NAMES[c], verdict.passed[c], verdict.failed[c]);
     printf("      %d reduces, %d updates, %d gathers\n", verdict.reduces, verdict.updates,

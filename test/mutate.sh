@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 word="${1:-}" passed=0 failed=0
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r Makefile train_gpt2.cu llmc scripts test "$copy"
+cp -r Makefile train_gpt2.cu llmc scripts test dev "$copy"
 cd "$copy" || exit 1
 read -r -a mpi <<< "$(${MPICC:-mpicc} -show | tr ' ' '\n' | grep -E '^-[IDLlW]' | tr '\n' ' ')"
 flags=(-std=c++17 -O1 -march=native -fno-math-errno -w -Illmc/host -I. -DWITH_NCCL -DOMPI_SKIP_MPICXX "${mpi[@]}")
@@ -22,6 +22,9 @@ build() {
     local kind=${1%%:*} name=${1#*:} precision=FP32 source=test/test_golden.cu
     [ "$kind" = kernels16 ] && precision=BF16
     [ "$kind" = zero ] && source=test/test_zero.cu
+    [ "$kind" = plain ] && source=test/test_$name.c
+    [[ "$kind" = services || "$kind" = loader ]] && source=test/test_$kind.c
+    [ "$kind" = logs ] && source=dev/compare_logs.c
     if [[ "$kind" = kernels* ]]; then
         source=mutant.cu
         printf '#include "llmc/device.cuh"\n#include "test/test.h"\n#include "test/oracle.h"\n#include "test/cases_%s.h"\n' \
@@ -37,6 +40,8 @@ run() {
         golden) timeout 300 ./mutant "test/golden/$name" ;;
         zero) HOST_STREAMS=lazy HOST_SCHED=3 HOST_THREADS=1 timeout 300 mpirun -q --oversubscribe -np 2 \
                 ./mutant "$name" < /dev/null ;;    # mpirun would read the list of mutations
+        logs) timeout 300 test/compare_logs.sh ./mutant < /dev/null ;;
+        services | loader) timeout 300 ./mutant "$name" ;;
         *) timeout 300 ./mutant ;;
     esac
 }

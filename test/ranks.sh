@@ -149,6 +149,10 @@ traced trace-4 4 1
 traced trace-zero0 2 0
 HOST_STREAMS=lazy traced trace-lazy-2 2 1
 HOST_STREAMS=lazy traced trace-lazy-4 4 1
+# A step long enough that the thread reads the next batch meanwhile on any machine: the program never waits for data.
+run_well trace-data 1 --micro-batch 24 --layers 4 --steps 14 --trace-steps 8 --trace "$work/trace-data.json"
+"$check_trace" --data "$work/trace-data.json" > "$work/trace-data.check" 2>&1
+check $? "trace-data: a step waits for data: $(grep -m1 FAIL "$work/trace-data.check" || tail -1 "$work/trace-data.check")"
 
 # ---- other orders of execution -------------------------------------------------------------
 # Work of a stream waits until something synchronises, and blocks run in another order: a missing event is a wrong number.

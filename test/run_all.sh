@@ -36,6 +36,7 @@ part "bf16"                   make -s -j"$jobs" test PRECISION=bf16
 part "orders of execution"    make -s -j"$jobs" test-orders PRECISION=fp32
 part "124M parameters"        make -s -j"$jobs" test-124m PRECISION=fp32
 part "address sanitizer"      make -s -j"$jobs" test SAN=address PRECISION=fp32
+part "mutated input, a minute" make -s fuzz SAN=address PRECISION=fp32
 part "undefined sanitizer"    make -s -j"$jobs" test SAN=undefined PRECISION=bf16
 part "thread sanitizer"       make -s -j"$jobs" test SAN=thread PRECISION=fp32
 part "nvcc"                   test/nvcc.sh

@@ -17,8 +17,12 @@ Runs on the host layer and, built with nvcc, on a GPU; without one everything is
 #include "cases_attention.h"
 #include "cases_relu2.h"
 #include "cases_mix.h"
+#include "cases_gate.h"
 #include "cases_loss.h"
+#include "cases_fp8.h"
 #include "cases_optimizer.h"
+#include "cases_adamw.h"
+#include "cases_normuon.h"
 #include "cases_cast.h"
 
 int main(int argc, char** argv) {
@@ -33,8 +37,12 @@ int main(int argc, char** argv) {
     if (test_group("attention")) test_attention();
     if (test_group("relu2")) test_relu2();
     if (test_group("mix")) test_mix();
+    if (test_group("gate")) test_gate();
     if (test_group("loss")) test_loss();
+    if (test_group("fp8")) test_fp8();
     if (test_group("optimizer")) test_optimizer();
+    if (test_group("adamw")) test_adamw();
+    if (test_group("normuon")) test_normuon();
     if (test_group("cast")) test_cast();
     return test_summary();
 }

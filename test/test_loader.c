@@ -1,5 +1,6 @@
 /*
-The loader: shards, every order of batches, reading ahead, positions, validation, bad input.
+The loader: shards, every order of batches, the batches of a record's own loader, reading ahead,
+positions, validation, bad input.
 
     test_loader [part of a group's name] [--verbose]
     test_loader fuzz SECONDS [SEED]      mutated shards until the time is over
@@ -38,6 +39,7 @@ static ssize_t disk_pread(int fd, void* out, size_t n, off_t at) {
 #define pread disk_pread
 #include "../llmc/dataloader.h"
 #undef pread
+#include "../llmc/safetensors.h"
 #include "test.h"
 
 #include <setjmp.h>
@@ -448,6 +450,114 @@ static void test_cases(void) {
     test_true("the records' count: 128 for 32,768 tokens", batch_cu_count(32768 / 300 + 1) == 128);
 }
 
+// ---- the record's own batches ----------------------------------------------------------------
+
+// test/golden/units/loader.safetensors holds what the record's loader gave for the shards beside
+// it: per call a batch for each of `world` ranks. A call is a step of `world` rows to us.
+static const struct { const char* name; int world, T; } RECORDED[] = {
+    { "w1.a1", 1, 1024 }, { "w2.a4", 2, 128 }, { "w8.a1", 8, 128 },
+};
+
+static const uint16_t* recorded(const SafeFile* f, const char* set, int c, int rank, int call,
+                                const char* what, int64_t n) {
+    char name[64];
+    snprintf(name, sizeof name, "%s%s.r%d.b%d.%s", set, RECORDED[c].name, rank, call, what);
+    return (const uint16_t*)safetensors_data(f, name, SAFE_U16, n);
+}
+
+static bool is_recorded(const int* got, const uint16_t* want, int n) {
+    bool same = true;
+    for (int i = 0; i < n; i++) same = same && got[i] == want[i];
+    return same;
+}
+
+// The same on the record's ranks and on one, whose rows they are.
+static void check_recorded(const SafeFile* f, int c, int world, int B) {
+    LoaderSpec spec = spec_of(&sets[0], BATCHING_DOCUMENTS, RECORDED[c].world, B, RECORDED[c].T);
+    char name[64], what[100];
+    int T = spec.T, given = 0;
+    spec.pattern = "test/golden/units/loader/*.bin";
+    spec.max_document = 96;
+    spec.epochs = 1;
+    snprintf(name, sizeof name, "%s.r0.batches", RECORDED[c].name);
+    int calls = *(const uint16_t*)safetensors_data(f, name, SAFE_U16, 1);
+    bool tokens = true, segments = true, ends = true;
+    for (int rank = 0; rank < world; rank++) {
+        Loader l;
+        spec.rank = rank;
+        spec.world = world;
+        loader_open(&l, &spec, NULL);
+        int step = 0;
+        for (; !loader_over(&l) && step < calls; step++) {
+            for (int micro = 0; micro < l.micro_steps; micro++) {
+                const Batch* b = loader_next(&l);
+                for (int row = 0; row < B; row++, given++) {
+                    int of = (rank * l.micro_steps + micro) * B + row;
+                    const uint16_t* cu = recorded(f, "", c, of, step, "cu_seqlens", 128);
+                    tokens = is_recorded(b->inputs + row * T,
+                                         recorded(f, "", c, of, step, "inputs", T), T) &&
+                             is_recorded(b->targets + row * T,
+                                         recorded(f, "", c, of, step, "targets", T), T) && tokens;
+                    segments = (B > 1 || is_recorded(b->cu_seqlens, cu, 128)) &&
+                               b->cu_count == 128 && segments;
+                }
+            }
+        }
+        ends = ends && loader_over(&l) && step == calls;
+        loader_close(&l);
+    }
+    snprintf(what, sizeof what, "the record's %s on %d ranks: ", RECORDED[c].name, world);
+    size_t n = strlen(what);
+    snprintf(what + n, sizeof what - n, "%d batches, token for token", given);
+    test_true(what, tokens && given == RECORDED[c].world * calls);
+    snprintf(what + n, sizeof what - n, "cu_seqlens");
+    if (B == 1) test_true(what, segments);
+    snprintf(what + n, sizeof what - n, "the shards end after %d calls", calls);
+    test_true(what, ends);
+}
+
+// Validation: rows one after the other, documents not cut. Where a row begins with a document the
+// record lists an empty one before it.
+static void check_recorded_val(const SafeFile* f, int c) {
+    int T = RECORDED[c].T, world = RECORDED[c].world, inputs[1024], targets[1024], cu[1152];
+    bool tokens = true, segments = true;
+    for (int rank = 0; rank < world; rank++) {
+        ValLoader l;
+        val_open(&l, "test/golden/units/loader/*.bin", 0, 1, T, rank, world, VOCAB);
+        for (int call = 0; call < 2; call++) {
+            Batch b = { inputs, targets, cu, 0, 0 };
+            val_batch(&l, call, inputs, targets);
+            batch_segments(&b, 1, T, END);
+            const uint16_t* want = recorded(f, "val.", c, rank, call, "cu_seqlens", 128);
+            tokens = is_recorded(inputs, recorded(f, "val.", c, rank, call, "inputs", T), T) &&
+                     is_recorded(targets, recorded(f, "val.", c, rank, call, "targets", T), T) &&
+                     tokens;
+            int extra = want[1] == 0;
+            segments = segments && want[0] == 0 && cu[0] == 0 && b.cu_count == 128 &&
+                       is_recorded(cu + 1, want + 1 + extra, 127 - extra);
+        }
+        val_close(&l);
+    }
+    char what[100];
+    snprintf(what, sizeof what, "the record's validation, %s: tokens, segments", RECORDED[c].name);
+    test_true(what, tokens && segments);
+}
+
+static void test_recorded(void) {
+    SafeFile f;
+    safetensors_open(&f, "test/golden/units/loader.safetensors");
+    for (int c = 0; c < 3; c++) {
+        check_recorded(&f, c, RECORDED[c].world, 1);
+        if (RECORDED[c].world > 1) {
+            check_recorded(&f, c, 1, 1);
+            check_recorded(&f, c, 1, 2);
+        }
+        if (RECORDED[c].world == 8) check_recorded(&f, c, 2, 4);
+        check_recorded_val(&f, c);
+    }
+    safetensors_close(&f);
+}
+
 // ---- large files ---------------------------------------------------------------------------
 
 // A shard of n zero tokens that takes no room on the disk, with one token set.
@@ -664,6 +774,61 @@ static void test_ahead(void) {
     }
     disk(0, 1 << 30);
     test_true("stopped while it reads", right);
+}
+
+// ---- who is told ---------------------------------------------------------------------------
+
+static pthread_mutex_t told_lock = PTHREAD_MUTEX_INITIALIZER;
+static int told_reads, told_waits, told_looks;
+static double told_waited;
+static bool told_right;
+
+static void tell(const char* thread, const char* name, int64_t step, double from, double to,
+                 int ready) {
+    pthread_mutex_lock(&told_lock);
+    bool read = strcmp(thread, "loader") == 0 && strcmp(name, "read") == 0;
+    bool wait = strcmp(thread, "host") == 0 && strcmp(name, "wait") == 0;
+    told_right = told_right && read != wait && from <= to && ready >= 0 && ready <= LOADER_SLOTS;
+    // Four micro-steps are a step.
+    told_right = told_right && step == 1 + (read ? told_reads : told_looks) / 4;
+    told_right = told_right && read != pthread_equal(pthread_self(), death_thread);
+    told_reads += read;
+    told_waits += wait && to > from;
+    told_looks += wait && to == from;
+    if (wait) told_waited += to - from;
+    pthread_mutex_unlock(&told_lock);
+}
+
+// A disk of 2 ms per read and a caller that is slower, and one that is faster.
+static void test_watch(void) {
+    LoaderSpec spec = spec_of(&sets[0], BATCHING_STREAM, 8, 2, 12);
+    death_thread = pthread_self();
+    for (int busy = 0; busy < 2; busy++) {
+        Loader l;
+        told_reads = told_waits = told_looks = 0;
+        told_waited = 0;
+        told_right = true;
+        spec.watch = tell;
+        disk(2000, 1 << 30);
+        loader_open(&l, &spec, NULL);
+        pthread_mutex_lock(&told_lock);     // the wait for the first one does not count
+        told_waits = 0;
+        told_waited = 0;
+        pthread_mutex_unlock(&told_lock);
+        for (int i = 0; i < 20; i++) {
+            if (busy) sleep_us(40000);
+            loader_next(&l);
+        }
+        double waited = l.waited;
+        loader_close(&l);
+        disk(0, 1 << 30);
+        test_true("reads and looks, each with its step",
+                  told_right && told_looks == 20 && told_reads >= 20);
+        // A busy machine may keep the thread from running; then the wait is still a small part.
+        if (busy) test_check("a slow caller does not wait", told_waited, 0.1 * 20 * 40e-3);
+        else test_true("a fast one waits", told_waits >= 4 && told_waits <= 20);
+        test_check("as long as the loader counts", fabs(told_waited - waited), 1e-9);
+    }
 }
 
 // ---- errors --------------------------------------------------------------------------------
@@ -1136,10 +1301,12 @@ int main(int argc, char** argv) {
         make_sets();
         if (test_group("orders")) test_orders();
         if (test_group("cases")) test_cases();
+        if (test_group("recorded")) test_recorded();
         if (test_group("large")) test_large();
         if (test_group("positions")) test_positions();
         if (test_group("positions: end")) test_positions_over();
         if (test_group("read-ahead")) test_ahead();
+        if (test_group("watch")) test_watch();
         if (test_group("errors")) test_errors();
         if (test_group("errors: thread")) test_thread_errors();
         if (test_group("epochs")) test_epochs();

@@ -29,6 +29,8 @@ static const Settings* make_settings(const char* recipe, const char* const* flag
     return &cfg;
 }
 
+static const TextCodec codec = {};
+
 static void model_end(Model* m) {
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
     model_free(m);
@@ -36,15 +38,16 @@ static void model_end(Model* m) {
 
 static void fill_batch(Model* m, int N, int real_vocab, uint64_t seed) {
     batch_wait(m);
-    test_fill_tokens(m->tokens_host, N, seed, real_vocab);
-    for (int i = 0; i < N; i++) m->targets_host[i] = i + 1 < N ? m->tokens_host[i + 1] : m->tokens_host[0];
+    test_fill_tokens(m->host.inputs, N, seed, real_vocab);
+    for (int i = 0; i < N; i++) m->host.targets[i] = i + 1 < N ? m->host.inputs[i + 1] : m->host.inputs[0];
 }
 
 // Values that make every gradient informative: the recipes' zero matrices would hide most of them.
 static void randomize(Model* m, uint64_t seed) {
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
-            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (m->place[id][layer] < 0) continue;
+            const Bank* bank = &m->params.banks[PARAM_TABLE[id].bank];
             size_t n = (size_t)bank->rows * bank->cols;
             float* value = test_floats(n);
             for (size_t i = 0; i < n; i++) {
@@ -52,7 +55,7 @@ static void randomize(Model* m, uint64_t seed) {
                 double v = bank->kind == SCALAR ? 0.5 + 0.2 * z : id == WTE ? 0.5 * z : z / sqrt((double)bank->cols);
                 value[i] = (float)test_round(v);
             }
-            param_write(m, value, (ParamId)id, layer);
+            tensor_write(&m->params, value, m->place[id][layer]);
             free(value);
         }
     }
@@ -62,7 +65,7 @@ static void compute_gradients(Model* m, uint64_t seed, int real_vocab) {
     int N = m->B * m->T;
     for (int micro = 0; micro < m->micro_steps; micro++) {
         fill_batch(m, N, real_vocab, seed + micro);
-        micro_step(m, m->tokens_host, m->targets_host, micro, 1.0f / (float)m->cfg->batch_tokens);
+        micro_step(m, &m->host, micro);
     }
 }
 
@@ -80,14 +83,15 @@ static void test_gradients(const char* recipe, int oracle_recipe, const char* co
     int V = model.V, C = model.C, N = model.B * model.T;
     OracleModel oracle;
     oracle_model_init(&oracle, oracle_recipe, V, C, model.H, model.L, true);
-    weights_collect(&model);
+    params_collect(&model.params);
     // The oracle has one eps; the recipes' 2^-7 against 2^-23 is a setting, tested in the kernels.
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
-            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (model.place[id][layer] < 0) continue;
+            const Bank* bank = &model.params.banks[PARAM_TABLE[id].bank];
             size_t n = (size_t)bank->rows * bank->cols;
             float* value = test_floats(n);
-            param_read(&model, value, (ParamId)id, layer);
+            tensor_read(&model.params, value, model.place[id][layer]);
             double* w = oracle_weight(&oracle, PARAM_TABLE[id].name, layer);
             for (size_t i = 0; i < n; i++) w[i] = value[i];
             free(value);
@@ -95,7 +99,7 @@ static void test_gradients(const char* recipe, int oracle_recipe, const char* co
     }
     compute_gradients(&model, 5, V);
     StepStats stats = step_stats(&model, false);
-    double loss = oracle_model_forward_backward(&oracle, model.tokens_host, model.targets_host, model.B, model.T);
+    double loss = oracle_model_forward_backward(&oracle, model.host.inputs, model.host.targets, model.B, model.T);
     char name[128];
     double loss_tolerance = FLOATX_IS_BF16 ? 2e-2 : 2e-6, max_tolerance = FLOATX_IS_BF16 ? 0.25 : 5e-4,
            rms_tolerance = FLOATX_IS_BF16 ? 4e-2 : 2e-5;
@@ -103,11 +107,12 @@ static void test_gradients(const char* recipe, int oracle_recipe, const char* co
     test_check(name, fabs(stats.loss - loss), loss_tolerance);
     double norm2 = 0;
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
-            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (model.place[id][layer] < 0) continue;
+            const Bank* bank = &model.params.banks[PARAM_TABLE[id].bank];
             size_t n = (size_t)bank->rows * bank->cols;
             float* got = test_floats(n);
-            tensor_read(&model, got, grad(&model, (ParamId)id, layer), (ParamId)id);
+            tensor_read(&model.params, got, model.place[id][layer]);
             const double* want = oracle_grad(&oracle, PARAM_TABLE[id].name, layer);
             double worst = 0, sum = 0, scale = rms(want, n);
             for (size_t i = 0; i < n; i++) {
@@ -117,7 +122,7 @@ static void test_gradients(const char* recipe, int oracle_recipe, const char* co
                 norm2 += want[i] * want[i];
             }
             char tensor[64];
-            param_name(tensor, sizeof tensor, (ParamId)id, layer);
+            snprintf(tensor, sizeof tensor, "%s", model.params.tensors[model.place[id][layer]].name);
             snprintf(name, sizeof name, "%s d %s, largest", recipe, tensor);
             // layer 0 mixes its values with themselves: that gradient is exactly zero
             if (scale == 0) test_true(name, worst == 0);
@@ -166,24 +171,25 @@ static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool g
     Snapshot s = {NULL, 0, 0};
     int rows = (int)(model.cfg->batch_tokens / model.T), N = model.B * model.T;
     for (int step = 0; step < steps; step++) {
+        model_at(&model, step);
         int* tokens = (int*)host_alloc((size_t)rows * model.T + 1, sizeof(int));
         test_fill_tokens(tokens, (size_t)rows * model.T + 1, 77 + step, 257);
         for (int micro = 0; micro < model.micro_steps; micro++) {
             batch_wait(&model);
-            memcpy(model.tokens_host, tokens + micro * N, N * sizeof(int));
-            memcpy(model.targets_host, tokens + micro * N + 1, N * sizeof(int));
-            micro_step(&model, model.tokens_host, model.targets_host, micro, 1.0f / (float)model.cfg->batch_tokens);
+            memcpy(model.host.inputs, tokens + micro * N, N * sizeof(int));
+            memcpy(model.host.targets, tokens + micro * N + 1, N * sizeof(int));
+            micro_step(&model, &model.host, micro);
         }
         s.loss = step_stats(&model, false).loss;
-        if (!gradients) update(&model, step + 1, schedule_at(model.cfg, step));
+        if (!gradients) update(&model);
         free(tokens);
     }
-    if (!gradients) weights_collect(&model);       // g holds the gradients, or now the values
-    for (int b = 0; b < BANKS; b++) s.n += model.banks[b].n;
+    if (!gradients) params_collect(&model.params);       // g holds the gradients, or now the values
+    for (int b = 0; b < BANKS; b++) s.n += model.params.banks[b].n;
     s.x = test_floats(s.n);
     size_t at = 0;
     for (int b = 0; b < BANKS; b++) {
-        Bank* bank = &model.banks[b];
+        Bank* bank = &model.params.banks[b];
         if (bank->n == 0) continue;
         CUDA_CHECK(cudaMemcpy(s.x + at, bank->g, bank->n * sizeof(float), cudaMemcpyDeviceToHost));
         at += bank->n;
@@ -242,10 +248,11 @@ static void test_overfit(const char* recipe, const char* optimizer) {
     model_start(&model, NULL);
     double loss = INFINITY;
     for (int step = 0; step < 60; step++) {
+        model_at(&model, step);
         fill_batch(&model, 64, 257, 9);
-        micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 64);
+        micro_step(&model, &model.host, 0);
         loss = step_stats(&model, false).loss;
-        update(&model, step + 1, schedule_at(model.cfg, step));
+        update(&model);
     }
     char name[64];
     snprintf(name, sizeof name, "%s, %s: loss on one batch after 60 steps", recipe, optimizer);
@@ -265,10 +272,10 @@ static void test_file(const char* recipe) {
     model_build(&model, make_settings(recipe, flags), 0, 1);
     model_start(&model, NULL);
     randomize(&model, 21);
-    weights_save(&model, path, 7);
+    weights_save(&model, path, 7, &codec);
     Snapshot before = {NULL, 0, 0};
     float* q = test_floats(64 * 256);
-    param_read(&model, q, MLP_PROJ, 1);
+    tensor_read(&model.params, q, model.place[MLP_PROJ][1]);
     SafeFile file;
     safetensors_open(&file, path);
     const float* stored = (const float*)safetensors_data(&file, "h.1.mlp.c_proj.weight", SAFE_F32, 64 * 256);
@@ -280,8 +287,9 @@ static void test_file(const char* recipe) {
     test_true("metadata has the flags", strstr(safetensors_metadata(&file, "flags"), "\"channels\":64") != NULL);
     safetensors_close(&file);
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
-            const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (model.place[id][layer] < 0) continue;
+            const Bank* bank = &model.params.banks[PARAM_TABLE[id].bank];
             before.n += (size_t)bank->rows * bank->cols;
         }
     }
@@ -290,14 +298,15 @@ static void test_file(const char* recipe) {
     for (int pass = 0; pass < 2; pass++) {
         if (pass == 1) {
             randomize(&model, 99);
-            weights_load(&model, path);
+            params_load(&model.params, path);
         }
         size_t at = 0;
-        weights_collect(&model);
+        params_collect(&model.params);
         for (int id = 0; id < PARAMS; id++) {
-            for (int layer = 0; layer < param_copies(&model, (ParamId)id); layer++) {
-                const Bank* bank = &model.banks[PARAM_TABLE[id].bank];
-                param_read(&model, (pass ? after : before.x) + at, (ParamId)id, layer);
+            for (int layer = 0; layer < MAX_LAYERS; layer++) {
+                if (model.place[id][layer] < 0) continue;
+                const Bank* bank = &model.params.banks[PARAM_TABLE[id].bank];
+                tensor_read(&model.params, (pass ? after : before.x) + at, model.place[id][layer]);
                 at += (size_t)bank->rows * bank->cols;
             }
         }
@@ -351,15 +360,15 @@ static void test_not_finite(void) {
     model_start(&model, NULL);
     randomize(&model, 3);
     fill_batch(&model, 32, 257, 1);
-    micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 32);
+    micro_step(&model, &model.host, 0);
     test_true("finite weights, finite step", step_stats(&model, false).finite);
     float* w = test_floats(64 * 64);
-    weights_collect(&model);
-    param_read(&model, w, ATTN_K, 1);
+    params_collect(&model.params);
+    tensor_read(&model.params, w, model.place[ATTN_K][1]);
     w[17] = NAN;
-    param_write(&model, w, ATTN_K, 1);
+    tensor_write(&model.params, w, model.place[ATTN_K][1]);
     fill_batch(&model, 32, 257, 1);
-    micro_step(&model, model.tokens_host, model.targets_host, 0, 1.0f / 32);
+    micro_step(&model, &model.host, 0);
     test_true("one NaN weight is noticed", !step_stats(&model, false).finite);
     free(w);
     model_end(&model);
@@ -375,8 +384,8 @@ static void test_start(void) {
         model_start(&model, NULL);
         float* x = test_floats(512 * 128);
         double sum = 0, squares = 0, bound = 1 / sqrt(128.0), largest = 0;
-        weights_collect(&model);
-        param_read(&model, x, ATTN_Q, 1);
+        params_collect(&model.params);
+        tensor_read(&model.params, x, model.place[ATTN_Q][1]);
         for (int i = 0; i < 128 * 128; i++) {
             sum += x[i], squares += (double)x[i] * x[i];
             if (fabs(x[i]) > largest) largest = fabs(x[i]);
@@ -385,11 +394,11 @@ static void test_start(void) {
         test_check("uniform: mean", fabs(sum / 16384), 5 * bound / sqrt(3 * 16384.0));
         test_check("uniform: variance", fabs(squares / 16384 / (bound * bound / 3) - 1), 5 * sqrt(0.8 / 16384));
         test_true("uniform: bound", largest <= bound && largest > 0.99 * bound);
-        param_read(&model, x, MLP_PROJ, 0);
+        tensor_read(&model.params, x, model.place[MLP_PROJ][0]);
         double zero = 0;
         for (int i = 0; i < 128 * 512; i++) zero += fabs(x[i]);
         test_true("down projection starts at zero", zero == 0);
-        param_read(&model, x, WTE, 0);
+        tensor_read(&model.params, x, model.place[WTE][0]);
         squares = 0;
         for (int i = 0; i < 512 * 128; i++) squares += (double)x[i] * x[i];
         double want = r == 0 ? bound * bound / 3 : 1;
@@ -400,6 +409,53 @@ static void test_start(void) {
         free(x);
         model_end(&model);
     }
+}
+
+static const char* const CACHE[] = {"--layers", "4", "--heads", "2", "--channels", "64", "--vocab", "96", "--seq-len", "100",
+                                    "--micro-batch", "1", "--batch-tokens", "100", "--end-of-text", "7", NULL};
+static const char* const CACHE_12[] = {"--layers", "12", "--heads", "2", "--channels", "64", "--vocab", "96", "--table-rows", "96",
+                                       "--seq-len", "100", "--micro-batch", "1", "--batch-tokens", "100", "--val-seq-len", "100",
+                                       "--val-batch", "1", "--window-block", "16", "--end-of-text", "7", NULL};
+
+
+// ---- the cache of generation -----------------------------------------------------------------
+
+// Rows one by one, with keys and values from the calls before, against all at once. More than a tile
+// of attention holds, and a document that ends within. The products sum in another order where they
+// have other sizes: 2^-24 sqrt(512) and some ten of them in a row; bf16 as for gradients.
+static void test_cache(const char* recipe, const char* const* flags) {
+    model_build(&model, make_settings(recipe, flags), 0, 1);
+    model_start(&model, NULL);
+    randomize(&model, 31);
+    model_at(&model, 0);
+    int T = model.T, C = model.C, end = (int)model.cfg->end_of_text;
+    float* rows = test_floats((size_t)T * C);
+    for (int n = 5; n <= T + 1; n++) {      // the last time: all at once
+        int count = n <= T ? n : T, from = n == 5 || n > T ? 0 : n - 1;
+        fill_batch(&model, T, model.V, 3);
+        model.host.inputs[0] = model.host.inputs[T / 3] = end;
+        batch_segments(&model.host, 1, count, end);
+        batch_upload(&model, &model.host, count);
+        forward(&model, &model.acts, 1, count, from);
+        if (n > T) break;
+        float* got = test_download(model.acts.lnf[0] + (size_t)from * C, (size_t)(count - from) * C);
+        memcpy(rows + (size_t)from * C, got, (size_t)(count - from) * C * sizeof(float));
+        free(got);
+    }
+    float* want = test_download(model.acts.lnf[0], (size_t)T * C);
+    double worst = 0, sum = 0;
+    for (int i = 0; i < T * C; i++) {
+        double e = fabs(rows[i] - want[i]);
+        if (!(e <= worst)) worst = e;
+        sum += want[i] * want[i];
+    }
+    char name[128];
+    snprintf(name, sizeof name, "%s, %d tokens one by one", recipe, T);
+    test_check(name, worst, FLOATX_IS_BF16 ? 0.25 : 1e-4);
+    test_true("rows of rms 1", fabs(sum / T / C - 1) < 0.1);
+    free(rows);
+    free(want);
+    model_end(&model);
 }
 
 int main(int argc, char** argv) {
@@ -439,6 +495,10 @@ int main(int argc, char** argv) {
         test_file("unet");
     }
     if (test_group("evaluation")) test_evaluation();
+    if (test_group("cache")) {
+        test_cache("modern", CACHE), test_cache("untied", CACHE), test_cache("unet", CACHE);
+        test_cache("sub3", CACHE_12), test_cache("normuon", CACHE_12);
+    }
     if (test_group("not finite")) test_not_finite();
     return test_summary();
 }

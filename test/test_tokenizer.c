@@ -6,7 +6,8 @@ C++ by the Makefile, with zlib and threads. Run from the repository's root.
     test_tokenizer [part of a group's name] [--verbose]
     test_tokenizer compare TOKENIZER TEXT SHARD    the ids of a text file against a token shard
     test_tokenizer text                            writes the text of the group "tokenizer: text"
-    test_tokenizer fuzz [--seconds N]              broken files and random bytes, always others
+    test_tokenizer fuzz SECONDS [SEED]             broken files and random bytes until the time is
+                                                   over; what is broken lies in test/data/fuzz
 
 What is expected comes from other programs: test/data/gpt2_tokenizer_cases.json and TEXT_HASH from
 tiktoken 0.14 and Hugging Face tokenizers 0.23, JOINS_HASH from the latter, CLASS_HASH from Python's
@@ -1221,6 +1222,24 @@ static void test_train_bpe(void) {
 
 // ---- fuzz ----------------------------------------------------------------------------------
 
+// Whole files, which mutate changes: a short vocabulary in its three spellings, and JSON lines of
+// all spellings with texts of all kinds, plain and compressed.
+enum { LINES_FILE = RANKS_FILE + 1, LINES_GZIP_FILE, CORPUS_FILES };
+static Text corpus[CORPUS_FILES];
+
+static void corpus_read(void) {
+    static const char* const NAMES[] = { "vocab.bpe", "encoder.json", "ranks.tiktoken",
+                                         "lines.jsonl", "lines.jsonl.gz" };
+    for (int i = 0; i < CORPUS_FILES; i++) {
+        char path[100];
+        snprintf(path, sizeof path, "test/data/fuzz/%s", NAMES[i]);
+        corpus[i].bytes = (char*)read_file(path, &corpus[i].n);
+    }
+}
+
+static void corpus_free(void) {
+    for (int i = 0; i < CORPUS_FILES; i++) free(corpus[i].bytes);
+}
 
 // A copy of a file with one to four changes of a kind that such a file suffers.
 static size_t mutate(unsigned char* out, const Text* whole, size_t room) {
@@ -1263,7 +1282,7 @@ static size_t mutate(unsigned char* out, const Text* whole, size_t room) {
 static bool fuzz_vocabulary(void) {
     static unsigned char bytes[65536], s[300];
     int which = (int)draw(3);
-    size_t n = mutate(bytes, short_file(which), sizeof bytes);
+    size_t n = mutate(bytes, &corpus[which], sizeof bytes);
     const char* path = broken_write(which, bytes, n);
     static Tokenizer t;
     static TokenizerWork w;
@@ -1292,29 +1311,11 @@ static bool fuzz_bytes(void) {
     return bytes_return(&work, s, n);
 }
 
-// JSON lines of all spellings, of texts of all kinds.
-static Text fuzz_corpus, fuzz_corpus_zipped;
-
-static void fuzz_corpus_make(void) {
-    size_t n;
-    unsigned char* s = text_make(&n);
-    text_open(&fuzz_corpus);
-    for (size_t at = 0, i = 0; i < 40; i++) {
-        size_t length = test_random(24, i) % 120;
-        while ((s[at + length] & 0xc0) == 0x80) length++;
-        write_line(fuzz_corpus.file, s + at, length, (int)i);
-        at += length;
-    }
-    fclose(fuzz_corpus.file);
-    write_gzip(test_path("corpus.gz"), fuzz_corpus.bytes, fuzz_corpus.n, true);
-    fuzz_corpus_zipped.bytes = (char*)read_file(test_path("corpus.gz"), &fuzz_corpus_zipped.n);
-    free(s);
-}
-
 // One line: its text is valid UTF-8, or the error says where and what was expected.
 static bool fuzz_line(void) {
     static unsigned char bytes[65536];
-    size_t n = mutate(bytes, &fuzz_corpus, sizeof bytes), start = draw((uint32_t)n + 1), length;
+    size_t n = mutate(bytes, &corpus[LINES_FILE], sizeof bytes), length;
+    size_t start = draw((uint32_t)n + 1);
     unsigned char* newline = (unsigned char*)memchr(bytes + start, '\n', n - start);
     size_t end = newline ? (size_t)(newline - bytes) : n;
     while (start > 0 && bytes[start - 1] != '\n') start--;
@@ -1339,7 +1340,7 @@ static bool fuzz_line(void) {
 static bool fuzz_file(void) {
     static unsigned char bytes[65536];
     bool zipped = draw(2);
-    const Text* whole = zipped ? &fuzz_corpus_zipped : &fuzz_corpus;
+    const Text* whole = &corpus[zipped ? LINES_GZIP_FILE : LINES_FILE];
     const char* name = zipped ? "fuzz.jsonl.gz" : "fuzz.jsonl";
     size_t n = mutate(bytes, whole, sizeof bytes);
     test_write_file(test_path(name), bytes, n);
@@ -1388,32 +1389,32 @@ static bool fuzz_batch(int kind, uint64_t seed) {
     }
     int status = 0;
     waitpid(pid, &status, 0);
-    if (WIFSIGNALED(status)) {
-        printf("      %s, seed %" PRIu64 ": signal %d\n", FUZZ[kind].name, seed, WTERMSIG(status));
-    }
-    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    if (status != 0)
+        printf("      %s, seed %" PRIu64 ": status %d, signal %d\n", FUZZ[kind].name, seed,
+               WEXITSTATUS(status), WIFSIGNALED(status) ? WTERMSIG(status) : 0);
+    return status == 0;
 }
 
 static void test_fuzz(void) {
-    fuzz_corpus_make();
+    corpus_read();
     for (int i = 0; i < FUZZ_COUNT; i++) {
         for (uint64_t seed = 0; seed < 5; seed++) test_true(FUZZ[i].name, fuzz_batch(i, seed));
     }
-    free(fuzz_corpus.bytes);
-    free(fuzz_corpus_zipped.bytes);
+    corpus_free();
 }
 
-static int fuzz(int seconds) {
-    uint64_t seed = (uint64_t)time(NULL) << 8, count[FUZZ_COUNT] = {0};
-    fuzz_corpus_make();
-    printf("seeds from %" PRIu64 " on\n", seed);
+static int fuzz(int seconds, uint64_t seed) {
+    uint64_t count[FUZZ_COUNT] = {0};
+    corpus_read();
+    printf("test_tokenizer fuzz: seed %" PRIu64 "\n", seed);
     for (time_t end = time(NULL) + seconds; time(NULL) < end; seed++) {
         for (int i = 0; i < FUZZ_COUNT; i++) {
             test_true(FUZZ[i].name, fuzz_batch(i, seed));
             count[i] += (uint64_t)FUZZ[i].batch;
         }
     }
-    for (int i = 0; i < FUZZ_COUNT; i++) printf("%" PRIu64 " %s\n", count[i], FUZZ[i].name);
+    for (int i = 0; i < FUZZ_COUNT; i++) printf("      %" PRIu64 " %s\n", count[i], FUZZ[i].name);
+    corpus_free();
     return test_summary();
 }
 
@@ -1466,8 +1467,8 @@ int main(int argc, char** argv) {
     shorts_make();
     int status;
     if (strcmp(mode, "fuzz") == 0) {
-        bool seconds = argc == 4 && strcmp(argv[2], "--seconds") == 0;
-        status = fuzz(seconds ? atoi(argv[3]) : 60);
+        uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 10) : (uint64_t)time(NULL) << 8;
+        status = fuzz(argc > 2 ? atoi(argv[2]) : 60, seed);
     } else {
         test_init(argc, argv);
         if (test_group("unicode")) test_unicode();

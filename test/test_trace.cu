@@ -144,6 +144,11 @@ static void expect_lines(const char* path) {
     free(text);
 }
 
+// A tenth of a nanosecond early: whole nanoseconds are not whole as doubles of microseconds.
+static double item_end(const Item* e) {
+    return e->ts + e->dur - 1e-4;
+}
+
 static void trace_streams_case(void) {
     enum { N = 100 };
     const char* path = path_of("streams.json");
@@ -226,11 +231,12 @@ static void trace_streams_case(void) {
         test_true("the step's number", e[0].step == 7 && t.step_count == 1);
         test_true("an arrow for each wait with work on both sides", t.arrows_begun == 3);
         test_true("an operation begins after what it waits for has ended",
-                  e[4].ts >= e[1].ts + e[1].dur && e[9].ts >= e[4].ts + e[4].dur);
-        test_true("a stream's operations do not overlap", e[6].ts >= e[1].ts + e[1].dur);
+                  e[4].ts >= item_end(&e[1]) && e[9].ts >= item_end(&e[4]));
+        test_true("a stream's operations do not overlap", e[6].ts >= item_end(&e[1]));
         test_true("a group holds its operations",
-                  e[10].ts >= e[9].ts && e[10].ts + e[10].dur <= e[9].ts + e[9].dur);
-        test_true("a record stands behind the work before it", e[2].ts == e[1].ts + e[1].dur);
+                  e[10].ts >= e[9].ts && item_end(&e[10]) <= e[9].ts + e[9].dur);
+        test_true("a record stands behind the work before it",
+                  fabs(e[2].ts - item_end(&e[1])) < 2e-4);
         test_true("a wait stands where the work after it begins", e[3].ts == e[4].ts);
         test_true("what a wait orders", comes_after(&e[4], &e[1]) && comes_after(&e[9], &e[4]));
         test_true("what the host's wait orders", comes_after(&e[18], &e[16]));
@@ -337,11 +343,60 @@ static void test_times(void) {
     CUDA_CHECK(cudaFree(x));
 }
 
-// ---- which steps, which file, how much -----------------------------------------------------
-
 static void mark(const char* name) {
     trace_end(trace_begin(name, NULL), NULL);
 }
+
+// A thread that does what the loader's does.
+static void* reads_one(void* argument) {
+    (void)argument;
+    double from = trace_clock();
+    usleep(3000);
+    trace_host("loader", "read", 7, from, trace_clock(), 2);
+    return NULL;
+}
+
+static void test_threads(void) {
+    float* x = device_floats(1, 0);
+    pthread_t thread;
+    trace_host("loader", "read", 1, trace_clock(), trace_clock(), 1);       // no trace is open
+    trace_open(path_of("threads.json"), 0, 1);
+    double before = trace_clock();
+    trace_host("loader", "read", 1, before, before + 1, 1);                 // it has not begun
+    usleep(2000);
+    trace_step(7);
+    trace_host("loader", "read", 6, before, trace_clock(), 1);              // begun before it
+    REQUIRE(pthread_create(&thread, NULL, reads_one, NULL) == 0, "no thread");
+    launch<spin_kernel>(dim3(1), dim3(1), 0, NULL, x, 2000000);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    pthread_join(thread, NULL);
+    double from = trace_clock();
+    usleep(2000);
+    double to = trace_clock();
+    trace_host("host", "wait", 7, from, to, 0);
+    trace_host("host", "wait", 7, to, to, 1);
+    usleep(1000);
+    mark("behind");
+    trace_close();
+    trace_host("host", "wait", 8, trace_clock(), trace_clock() + 1, 0);
+    TraceFile t = trace_read(path_of("threads.json"));
+    expect_lines(path_of("threads.json"));
+    bool there = t.span_count == 2 && t.count == 3 && t.looks == 3;
+    test_true("what threads did while it was on", there && t.spans[0].step == 7 &&
+              span_is(&t, &t.spans[0], "loader", "read") &&
+              span_is(&t, &t.spans[1], "host", "wait"));
+    // Begin and end of the kernel are the device's times, those around it the host's.
+    const Item *spin = &t.items[1], *behind = &t.items[2];
+    test_true("two clocks, one time", there && t.spans[0].dur >= 3000 &&
+              fabs(t.spans[1].dur - 1e6 * (to - from)) < 1 &&
+              spin->ts + spin->dur <= t.spans[1].ts + 50 &&
+              t.spans[1].ts + t.spans[1].dur + 950 <= behind->ts);
+    trace_is_sound(&t);
+    file_free(&t);
+    CUDA_CHECK(cudaFree(x));
+}
+
+// ---- which steps, which file, how much -----------------------------------------------------
 
 static void test_off(void) {
     trace_open("", 0, 1);
@@ -908,6 +963,54 @@ static void test_rank_stories(void) {
     free(first);
 }
 
+// Steps 3 and 4, and what the host's threads did.
+#define THREAD(tid, name) \
+    "{\"ph\":\"M\",\"pid\":0,\"tid\":" tid ",\"name\":\"thread_name\",\"args\":{" \
+    "\"name\":\"" name "\"}},"
+#define STEP(step) \
+    "{\"ph\":\"i\",\"pid\":0,\"tid\":0,\"ts\":" step ",\"name\":\"step\",\"args\":{" \
+    "\"step\":" step ",\"issue\":" step "}}"
+#define SPAN(tid, name, step) \
+    ",{\"ph\":\"X\",\"pid\":0,\"tid\":" tid ",\"ts\":5,\"dur\":6.5,\"name\":\"" name "\"," \
+    "\"args\":{\"step\":" step "}}"
+#define LOOK(ready) \
+    ",{\"ph\":\"C\",\"pid\":0,\"tid\":16,\"ts\":5,\"name\":\"batches ready\",\"args\":{" \
+    "\"ready\":" ready "}}"
+#define STORY \
+    "{\"traceEvents\":[" THREAD("16", "loader") THREAD("17", "host") STEP("3") "," STEP("4")
+#define AHEAD STORY SPAN("16", "read", "5") LOOK("2") LOOK("1")
+
+static void test_data_stories(void) {
+    static const struct { const char *name, *text; int failed; } CASES[] = {
+        {"two batches were ready", AHEAD "]}", 0},
+        {"a wait of another step", AHEAD SPAN("17", "wait", "2") "]}", 0},
+        {"a wait", AHEAD SPAN("17", "wait", "4") "]}", 1},
+        {"two steps wait", AHEAD SPAN("17", "wait", "4") SPAN("17", "wait", "3")
+         SPAN("17", "wait", "3") "]}", 2},
+        {"nothing was read", STORY LOOK("2") LOOK("1") "]}", 1},
+        {"nobody looked", STORY SPAN("16", "read", "5") LOOK("2") "]}", 1},
+        {"no threads", STORY "]}", 1}};
+    for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+        static Verdict v;
+        memset(&v, 0, sizeof v);
+        v.quiet = true;
+        TraceFile t;
+        bool ok = file_parse(&t, "text", CASES[i].text);
+        check_data(&v, &t);
+        test_true(CASES[i].name, ok && v.failed[CHECK_DATA] == CASES[i].failed &&
+                                     v.passed[CHECK_DATA] + v.failed[CHECK_DATA] == 3);
+        file_free(&t);
+    }
+    static const char* const WRONG[] = {STORY SPAN("18", "read", "5") "]}", STORY LOOK("-1") "]}",
+                                        STORY ",{\"ph\":\"X\",\"tid\":16,\"name\":\"read\"}]}",
+                                        STORY ",{\"ph\":\"i\",\"tid\":16,\"name\":\"step\"}]}"};
+    for (size_t i = 0; i < sizeof WRONG / sizeof WRONG[0]; i++) {
+        TraceFile t;
+        test_true("not of a thread", !file_parse(&t, "text", WRONG[i]) && t.problem[0]);
+        file_free(&t);
+    }
+}
+
 static void test_json(void) {
 #define HEAD "{\"traceEvents\":["
 #define MARK "{\"ph\":\"i\",\"name\":\"step\",\"tid\":0"
@@ -942,12 +1045,14 @@ int main(int argc, char** argv) {
     if (test_group("streams")) test_streams();
     if (test_group("matmul")) test_matmul_names();
     if (test_group("times")) test_times();
+    if (test_group("threads")) test_threads();
     if (test_group("steps")) test_steps();
     if (test_group("ranks")) test_ranks();
     if (test_group("limit")) test_limit();
     if (test_group("errors")) test_errors();
     if (test_group("json")) test_json();
     if (test_group("stories")) test_stories();
+    if (test_group("data stories")) test_data_stories();
     if (test_group("counts")) test_counts();
     if (test_group("rank stories")) test_rank_stories();
     char command[300];

@@ -26,6 +26,12 @@ static const char* const SMALL[] = {"--layers", "8", "--heads", "1", "--channels
                                     "320", "--seq-len", "16", "--micro-batch", "1",
                                     "--batch-tokens", "384", "--steps", "20", NULL};
 
+// Of the recipes with twelve layers: documents of some ten tokens, windows of 4 to 16.
+static const char* const RECORD[] = {"--heads", "1", "--channels", "64", "--vocab", "320",
+                                     "--table-rows", "0", "--seq-len", "32", "--micro-batch", "1",
+                                     "--batch-tokens", "512", "--steps", "20", "--window-block", "4",
+                                     "--window-max", "16", "--end-of-text", "7", NULL};
+
 static const Settings* make_settings(const char* recipe, const char* const* sizes,
                                      const char* const* flags) {
     static Settings cfg;
@@ -50,8 +56,8 @@ static void dry_model(Model* m, const char* recipe, const char* const* flags, in
 }
 
 static void dry_free(Model* m) {
-    for (int b = 0; b < BANKS; b++) zero_bank_free(&m->banks[b].zero);
-    free(m->zero.load);
+    for (int b = 0; b < BANKS; b++) zero_bank_free(&m->params.banks[b].zero);
+    free(m->params.zero.load);
 }
 
 static void test_owners(const char* recipe, int world) {
@@ -64,25 +70,25 @@ static void test_owners(const char* recipe, int world) {
     for (int rank = 0; rank < world; rank++) {
         dry_model(&m, recipe, NULL, rank, world);
         for (int b = 0; b < BANKS; b++) {
-            const ZeroBank* bank = &m.banks[b].zero;
-            if (m.banks[b].n == 0) continue;
+            const ZeroBank* bank = &m.params.banks[b].zero;
+            if (m.params.banks[b].n == 0) continue;
             for (int i = 0; i < bank->owned; i++) units[b][bank->own[i]]++;
             for (int i = 0; i < bank->units; i++)
-                same = same && bank->owner[i] == first.banks[b].zero.owner[i];
+                same = same && bank->owner[i] == first.params.banks[b].zero.owner[i];
             if (bank->replicated) continue;
-            sent += zero_reduce_bytes(&m.zero, bank) + zero_gather_bytes(&m.zero, bank);
+            sent += zero_reduce_bytes(&m.params.zero, bank) + zero_gather_bytes(&m.params.zero, bank);
             if (rank == 0) elements += bank->unit * bank->units;
         }
         dry_free(&m);
     }
     double heaviest = 0, sum = 0, costliest = 0;
     for (int r = 0; r < world; r++) {
-        sum += first.zero.load[r];
-        if (first.zero.load[r] > heaviest) heaviest = first.zero.load[r];
+        sum += first.params.zero.load[r];
+        if (first.params.zero.load[r] > heaviest) heaviest = first.params.zero.load[r];
     }
     for (int b = 0; b < BANKS; b++) {
-        const ZeroBank* bank = &first.banks[b].zero;
-        for (int i = 0; i < bank->units && first.banks[b].n; i++)
+        const ZeroBank* bank = &first.params.banks[b].zero;
+        for (int i = 0; i < bank->units && first.params.banks[b].n; i++)
             once = once && units[b][i] == (bank->replicated ? world : 1);
         if (bank->cost > costliest) costliest = bank->cost;
     }
@@ -95,7 +101,7 @@ static void test_owners(const char* recipe, int world) {
              recipe, world);
     test_check(name, heaviest - sum / world, costliest);
     snprintf(name, sizeof name, "%s, %d ranks: all ranks together send (N-1) P twice", recipe, world);
-    size_t want = (size_t)(world - 1) * elements * (zero_wire_size(&first.zero) + sizeof(floatX));
+    size_t want = (size_t)(world - 1) * elements * (zero_wire_size(&first.params.zero) + sizeof(floatX));
     test_true(name, sent == want);
     dry_free(&first);
 }
@@ -104,18 +110,18 @@ static void test_full_size_bytes(void) {
     static Model m;
     dry_model(&m, "modern", NULL, 3, 8);
     size_t bytes = 0, per = FLOATX_IS_BF16 ? 2 : 4;
-    for (int i = 0; i < m.shard_count; i++)
-        bytes += zero_reduce_bytes(&m.zero, m.shards[i]) + zero_gather_bytes(&m.zero, m.shards[i]);
+    for (int i = 0; i < m.params.shard_count; i++)
+        bytes += zero_reduce_bytes(&m.params.zero, m.params.shards[i]) + zero_gather_bytes(&m.params.zero, m.params.shards[i]);
     // 12 layers of 12 C² and a table of 50304 C: 123,568,128 parameters, 7/8 of them twice.
     test_true("124M on 8 ranks: 432,488,448 bytes in bf16", bytes == 2 * per * 7 * (123568128 / 8));
-    test_true("6 attn matrices for each of 8 ranks", m.banks[BANK_ATTN].zero.owned == 6);
-    test_true("3 mlp matrices for each of 8 ranks", m.banks[BANK_MLP].zero.owned == 3);
+    test_true("6 attn matrices for each of 8 ranks", m.params.banks[BANK_ATTN].zero.owned == 6);
+    test_true("3 mlp matrices for each of 8 ranks", m.params.banks[BANK_MLP].zero.owned == 3);
     dry_free(&m);
 }
 
 static size_t memory_of(const Model* m, const char* kind) {
-    for (int i = 0; i < m->memories; i++)
-        if (!strcmp(m->memory[i].name, kind)) return m->memory[i].bytes;
+    for (int i = 0; i < m->memory.kinds; i++)
+        if (!strcmp(m->memory.name[i], kind)) return m->memory.bytes[i];
     return 0;
 }
 
@@ -155,10 +161,10 @@ static uint64_t weights_hash(Model* m) {
     uint64_t hash = HASH_START;
     CUDA_CHECK(cudaDeviceSynchronize());
     for (int b = 0; b < BANKS; b++) {
-        size_t bytes = (size_t)m->banks[b].copies * m->banks[b].stride * sizeof(floatX);
-        if (m->banks[b].n == 0) continue;
+        size_t bytes = (size_t)m->params.banks[b].copies * m->params.banks[b].stride * sizeof(floatX);
+        if (m->params.banks[b].n == 0) continue;
         void* copy = host_alloc(bytes, 1);
-        CUDA_CHECK(cudaMemcpy(copy, m->banks[b].p, bytes, cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(copy, m->params.banks[b].p, bytes, cudaMemcpyDeviceToHost));
         hash = hash_bytes(hash, copy, bytes);
         free(copy);
     }
@@ -168,8 +174,9 @@ static uint64_t weights_hash(Model* m) {
 // Values that make every gradient informative; the recipes' zero matrices would hide most of them.
 static void randomize(Model* m) {
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
-            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (m->place[id][layer] < 0) continue;
+            const Bank* bank = &m->params.banks[PARAM_TABLE[id].bank];
             size_t n = (size_t)bank->rows * bank->cols;
             float* value = test_floats(n);
             for (size_t i = 0; i < n; i++) {
@@ -179,23 +186,26 @@ static void randomize(Model* m) {
                                                 : z / sqrt((double)bank->cols);
                 value[i] = (float)test_round(v);
             }
-            param_write(m, value, (ParamId)id, layer);
+            tensor_write(&m->params, value, m->place[id][layer]);
             free(value);
         }
     }
 }
 
+static const TextCodec codec = {};
+
 static void keep_values(Model* m, Run* run) {
-    weights_collect(m);
+    params_collect(&m->params);
     run->n = 0;
     for (int id = 0; id < PARAMS; id++)
-        run->n += (size_t)param_copies(m, (ParamId)id) * m->banks[PARAM_TABLE[id].bank].stride;
+        run->n += m->params.banks[PARAM_TABLE[id].bank].n;
     run->value = test_floats(run->n);
     size_t at = 0;
     for (int id = 0; id < PARAMS; id++) {
-        for (int layer = 0; layer < param_copies(m, (ParamId)id); layer++) {
-            const Bank* bank = &m->banks[PARAM_TABLE[id].bank];
-            param_read(m, run->value + at, (ParamId)id, layer);
+        for (int layer = 0; layer < MAX_LAYERS; layer++) {
+            if (m->place[id][layer] < 0) continue;
+            const Bank* bank = &m->params.banks[PARAM_TABLE[id].bank];
+            tensor_read(&m->params, run->value + at, m->place[id][layer]);
             at += (size_t)bank->rows * bank->cols;
         }
     }
@@ -205,17 +215,22 @@ static void keep_values(Model* m, Run* run) {
 // Bytes that a step should send, by the formula.
 static size_t step_bytes(const Model* m) {
     size_t bytes = 0;
-    for (int i = 0; i < m->shard_count; i++)
-        bytes += zero_reduce_bytes(&m->zero, m->shards[i]) + zero_gather_bytes(&m->zero, m->shards[i]);
-    return bytes + zero_sum_bytes(&m->zero, STATS - STAT_NORM2 + m->micro_steps, sizeof(float));
+    for (int b = 0; b < BANKS; b++) {
+        const Bank* bank = &m->params.banks[b];
+        if (bank->n == 0 || (bank->adam && !m->now.adam_now)) continue;
+        bytes += zero_reduce_bytes(&m->params.zero, &bank->zero);
+        bytes += zero_gather_bytes(&m->params.zero, &bank->zero);
+    }
+    return bytes + zero_sum_bytes(&m->params.zero, STATS - STAT_NORM2 + m->micro_steps, sizeof(float));
 }
 
 // STEPS steps on global batches that do not depend on the number of ranks. In fp32 a new one each: a
 // batch that is learned by heart has a loss near zero, of which 1e-5 is nothing. In bf16 always the
 // same, so that the loss falls with each step, as the bound wants it.
-static Run train_steps(const char* recipe, const char* const* flags, int world, bool check) {
+static Run train_steps(const char* recipe, const char* const* sizes, const char* const* flags,
+                       int world, bool check) {
     Run run = {};
-    const Settings* cfg = make_settings(recipe, SMALL, flags);
+    const Settings* cfg = make_settings(recipe, sizes, flags);
     int rank = world == 1 ? 0 : ranks.rank;
     char name[128];
     model_build(&model, cfg, rank, world);
@@ -224,6 +239,7 @@ static Run train_steps(const char* recipe, const char* const* flags, int world, 
     int rows = (int)(cfg->batch_tokens / model.T), T = model.T, own = rows / world;
     bool agree = true, counted = true;
     for (int step = 0; step < STEPS; step++) {
+        model_at(&model, step);
         int* tokens = (int*)host_alloc((size_t)rows * T + 1, sizeof(int));
         // Every second token repeats the one before, which can be learned.
         test_fill_tokens(tokens, (size_t)rows * T + 1, FLOATX_IS_BF16 ? 500 : 500 + step, 257);
@@ -234,15 +250,15 @@ static Run train_steps(const char* recipe, const char* const* flags, int world, 
         for (int micro = 0; micro < model.micro_steps; micro++) {
             int first = (rank * own + micro * model.B) * T, n = model.B * T;
             batch_wait(&model);
-            memcpy(model.tokens_host, tokens + first, n * sizeof(int));
-            memcpy(model.targets_host, tokens + first + 1, n * sizeof(int));
-            micro_step(&model, model.tokens_host, model.targets_host, micro,
-                       1.0f / (float)cfg->batch_tokens);
+            memcpy(model.host.inputs, tokens + first, n * sizeof(int));
+            memcpy(model.host.targets, tokens + first + 1, n * sizeof(int));
+            batch_segments(&model.host, model.B, T, (int)cfg->end_of_text);
+            micro_step(&model, &model.host, micro);
         }
         StepStats stats = step_stats(&model, false);
         run.loss[step] = stats.loss;
         run.norm[step] = stats.grad_norm;
-        update(&model, step + 1, schedule_at(cfg, step));
+        update(&model);
         if (check || step + 1 == STEPS) run.hash[step] = weights_hash(&model);
         free(tokens);
         if (!check) continue;
@@ -259,7 +275,7 @@ static Run train_steps(const char* recipe, const char* const* flags, int world, 
     if (check) {
         snprintf(name, sizeof name, "%s: all ranks hold the same bits after every step", recipe);
         test_true(name, agree);
-        snprintf(name, sizeof name, "%s: bytes on the wire are the formula's %zu", recipe,
+        snprintf(name, sizeof name, "%s: bytes on the wire are the formula's, %zu in the last step", recipe,
                  step_bytes(&model));
         test_true(name, counted);
     }
@@ -285,11 +301,12 @@ static double distance(const Run* a, const Run* b) {
 // descended so far; 2e-4 is for the rounding of a loss itself. Of single weights nothing is promised:
 // Newton-Schulz makes steps of full size out of rounding errors, in directions that the loss does not
 // see.
-static void test_training(const char* recipe, const char* title, const char* const* flags) {
+static void test_training(const char* recipe, const char* title, const char* const* sizes,
+                          const char* const* flags) {
     int world = ranks.world;
     char name[128];
-    Run all = train_steps(recipe, flags, world, true), one = all;
-    if (ranks.rank == 0) one = train_steps(recipe, flags, 1, false);
+    Run all = train_steps(recipe, sizes, flags, world, true), one = all;
+    if (ranks.rank == 0) one = train_steps(recipe, sizes, flags, 1, false);
     else one.value = test_floats(one.n);
     ranks_broadcast(&ranks, one.loss, sizeof one.loss);
     ranks_broadcast(&ranks, one.norm, sizeof one.norm);
@@ -310,12 +327,14 @@ static void test_training(const char* recipe, const char* title, const char* con
     snprintf(name, sizeof name, "%s%s, %d ranks against 1: gradient norm", recipe, title, world);
     test_check(name, fabs(all.norm[0] / one.norm[0] - 1), exact ? 1e-5 : (world + 1) * 0x1p-9);
     snprintf(name, sizeof name, "%s%s, %d ranks against 1: weights", recipe, title, world);
-    if (exact) test_check(name, distance(&all, &one), 1e-4);
+    // Adam makes a step of full size of a gradient that is rounding noise above its eps: 1e-10 in sub3.
+    double weights = make_settings(recipe, sizes, flags)->adam_eps < 1e-9 ? 1e-3 : 1e-4;
+    if (exact) test_check(name, distance(&all, &one), weights);
     free(one.value), free(all.value);
     if (flags) return;
     // Without the look at the weights after each step, which waits for the device and so would hide
     // that forward does not wait for its weights.
-    Run again = train_steps(recipe, flags, world, false);
+    Run again = train_steps(recipe, sizes, flags, world, false);
     snprintf(name, sizeof name, "%s%s, %d ranks twice: weights", recipe, title, world);
     test_same_bits(name, &all.hash[STEPS - 1], &again.hash[STEPS - 1], sizeof all.hash[0]);
     snprintf(name, sizeof name, "%s%s, %d ranks twice: losses", recipe, title, world);
@@ -333,13 +352,13 @@ static void test_memory(void) {
                                  "768", NULL};
     model_build(&model, make_settings("modern", sizes, NULL), ranks.rank, ranks.world);
     model_start(&model, &ranks);
-    for (int i = 0; i < model.B * model.T; i++) model.tokens_host[i] = model.targets_host[i] = i;
+    for (int i = 0; i < model.B * model.T; i++) model.host.inputs[i] = model.host.targets[i] = i;
     for (int micro = 0; micro < model.micro_steps; micro++)
-        micro_step(&model, model.tokens_host, model.targets_host, micro, 1e-3f);
+        micro_step(&model, &model.host, micro);
     step_stats(&model, false);
-    update(&model, 1, schedule_at(model.cfg, 0));
-    weights_collect(&model);
-    double table = (double)memory_total(&model), peak = (double)host_peak_bytes();
+    update(&model);
+    params_collect(&model.params);
+    double table = (double)memory_total(&model.memory), peak = (double)host_peak_bytes();
     test_check("device memory against the printed table", fabs(peak / table - 1), 0.02);
     model_free(&model);
 }
@@ -367,20 +386,28 @@ static void test_evaluation(void) {
         fclose(file);
     }
     ranks_barrier(&ranks);
-    double loss[2];
-    for (int pass = 0; pass < 2; pass++) {
-        int world = pass ? ranks.world : 1, rank = pass ? ranks.rank : 0;
+    // One rank alone, then all of them with three micro-batches: 777 is a multiple of none.
+    double loss[4], worst = 0;
+    for (int pass = 0; pass < 4; pass++) {
+        int world = pass ? ranks.world : 1, rank = pass ? ranks.rank : 0, B = pass ? pass : 1;
+        char micro[16], tokens[16];
+        snprintf(micro, sizeof micro, "%d", B);
+        snprintf(tokens, sizeof tokens, "%d", 16 * B * world);
+        const char* sizes[] = {"--layers", "8", "--heads", "1", "--channels", "64", "--vocab", "320", "--seq-len", "16",
+                               "--micro-batch", micro, "--batch-tokens", tokens, NULL};
         ValLoader val;
-        model_build(&model, make_settings("modern", SMALL, NULL), rank, world);
+        model_build(&model, make_settings("modern", sizes, NULL), rank, world);
         model_start(&model, &ranks);
         randomize(&model);
         val_open(&val, path, 777, model.B, model.T, rank, world, model.V);
         loss[pass] = evaluate(&model, &val);
         val_close(&val);
         model_free(&model);
+        double off = fabs(loss[pass] / loss[0] - 1);
+        if (!(off <= worst)) worst = off;
     }
-    // Sums of at most 25 row losses in fp32 on a rank, then in double.
-    test_check("777 predictions on N ranks and on one", fabs(loss[1] / loss[0] - 1), 1e-6);
+    // Sums of at most 75 row losses in fp32 on a rank, then in double.
+    test_check("777 predictions on N ranks, 1, 2 and 3 sequences at a time, and on one", worst, 1e-6);
     test_true("a loss near that of random tokens", loss[0] > 3 && loss[0] < 20);
     ranks_barrier(&ranks);
     if (ranks.rank == 0) unlink(path);
@@ -395,18 +422,18 @@ static void test_file(const char* layers) {
     model_build(&model, make_settings("unet", sizes, NULL), ranks.rank, ranks.world);
     model_start(&model, &ranks);
     randomize(&model);
-    for (int i = 0; i < model.B * model.T; i++) model.tokens_host[i] = model.targets_host[i] = i;
+    for (int i = 0; i < model.B * model.T; i++) model.host.inputs[i] = model.host.targets[i] = i;
     for (int micro = 0; micro < model.micro_steps; micro++)
-        micro_step(&model, model.tokens_host, model.targets_host, micro, 1e-3f);
+        micro_step(&model, &model.host, micro);
     step_stats(&model, false);
-    update(&model, 1, schedule_at(model.cfg, 0));      // the file is read while gathers are queued
-    weights_save(&model, path, 1);
+    update(&model);      // the file is read while gathers are queued
+    weights_save(&model, path, 1, &codec);
     keep_values(&model, &saved);
     model_free(&model);
     ranks_barrier(&ranks);
     model_build(&model, make_settings("unet", sizes, NULL), 0, 1);
     model_start(&model, &ranks);
-    weights_load(&model, path);
+    params_load(&model.params, path);
     keep_values(&model, &loaded);
     model_free(&model);
     test_true("the file has as many values", saved.n == loaded.n);
@@ -443,15 +470,24 @@ int main(int argc, char** argv) {
     // In fp32 the promise is 1e-5, which tables that are rounded to bf16 in every step cannot keep.
     static const char* const TABLES[] = {"--bf16-tables", "0", NULL};
     static const char* const ADAMW[] = {"--optimizer", "adamw", NULL};
-    if (test_group("modern")) test_training("modern", "", NULL);
-    if (test_group("unet")) test_training("unet", "", FLOATX_IS_BF16 ? NULL : TABLES);
+    if (test_group("modern")) test_training("modern", "", SMALL, NULL);
+    if (test_group("unet")) test_training("unet", "", SMALL, FLOATX_IS_BF16 ? NULL : TABLES);
+    // Their heads in 8 bits, too, in bf16; in fp32 a code that flips is more than 1e-5.
+    static const char* const PLAIN[] = {"--bf16-tables", "0", "--fp8-head", "0", NULL};
+    static const char* const PLAIN45[] = {"--bf16-tables", "0", "--bf16-head", "0", "--bf16-state",
+                                          "0", "--fp8-head", "0", "--extension-steps", "4", NULL};
+    static const char* const SHORT45[] = {"--extension-steps", "4", NULL};
+    bool record = ranks.world == 1 || ranks.world == 2 || ranks.world == 8;
+    if (record && test_group("sub3")) test_training("sub3", "", RECORD, FLOATX_IS_BF16 ? NULL : PLAIN);
+    if (record && test_group("normuon"))
+        test_training("normuon", "", RECORD, FLOATX_IS_BF16 ? SHORT45 : PLAIN45);
     if (ranks.world == 1) {
         test_group_end();      // the rest would compare one rank with itself
     } else if (FLOATX_IS_BF16) {
-        if (test_group("fp32 wire")) test_training("modern", " fp32 wire", WIDE);
+        if (test_group("fp32 wire")) test_training("modern", " fp32 wire", SMALL, WIDE);
     } else {
-        if (test_group("zero 0")) test_training("modern", " --zero 0", REPLICATED);
-        if (test_group("adamw")) test_training("modern", " adamw", ADAMW);
+        if (test_group("zero 0")) test_training("modern", " --zero 0", SMALL, REPLICATED);
+        if (test_group("adamw")) test_training("modern", " adamw", SMALL, ADAMW);
     }
     if (test_group("evaluation")) test_evaluation();
     if (test_group("file")) test_file("8"), test_file("2");

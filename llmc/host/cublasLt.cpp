@@ -16,6 +16,10 @@ A oneDNN primitive takes 0.1 to 0.7 ms to make and is kept for ever, by the piec
 has few shapes, and at most eight kinds of piece in each. Scratch memory belongs to the calling
 thread (user mode): the library's own would be the creating thread's.
 
+oneDNN 2.x has no 8-bit floats. Their values are floats, so that a piece of such a product turns its
+rows and columns into floats, FP8_DEPTH of the sum at a time, and lets oneDNN add the products of
+these; the sums of the parts are added in float too, alpha, beta and the rounding come at the end.
+
 Runs with oneDNN 2.x (2.6.3 tried) and, by DNNL_VERSION_MAJOR, with 3.x (3.2 tried).
 */
 #include "cublasLt.h"
@@ -29,6 +33,8 @@ Runs with oneDNN 2.x (2.6.3 tried) and, by DNNL_VERSION_MAJOR, with 3.x (3.2 tri
 #include <mutex>
 #include <oneapi/dnnl/dnnl.hpp>
 
+#include "cuda_bf16.h"
+#include "cuda_fp8.h"
 #include "engine.h"
 
 // ---- descriptors ----------------------------------------------------------------------------
@@ -40,6 +46,7 @@ struct cublasLtContext {
 struct cublasLtMatmulDescOpaque_t {
     int32_t compute_type, scale_type, pointer_mode, trans_a, trans_b;
     uint32_t epilogue;
+    int8_t fast_accum;
 };
 
 struct cublasLtMatrixLayoutOpaque_t {
@@ -109,7 +116,7 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc,
     if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
     *desc = new cublasLtMatmulDescOpaque_t{
         compute_type, scale_type, CUBLASLT_POINTER_MODE_HOST, CUBLAS_OP_N, CUBLAS_OP_N,
-        CUBLASLT_EPILOGUE_DEFAULT};
+        CUBLASLT_EPILOGUE_DEFAULT, 0};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -135,6 +142,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
             return attribute_set(&desc->trans_b, sizeof desc->trans_b, value, bytes);
         case CUBLASLT_MATMUL_DESC_EPILOGUE:
             return attribute_set(&desc->epilogue, sizeof desc->epilogue, value, bytes);
+        case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
+            return attribute_set(&desc->fast_accum, sizeof desc->fast_accum, value, bytes);
     }
     return CUBLAS_STATUS_INVALID_VALUE;
 }
@@ -219,11 +228,16 @@ typedef struct {
 typedef struct {
     int64_t rows, cols, depth, batch;    // D is (rows, cols), the sums have depth terms
     Strides src, weights, dst;
-    bool bf16_in, bf16_out;
+    uint32_t src_type, weights_type, dst_type;
+    bool fast_accum;
 } Problem;
 
-static size_t element_bytes(bool is_bf16) {
-    return is_bf16 ? 2 : 4;
+static bool is_fp8(uint32_t type) {
+    return type == CUDA_R_8F_E4M3 || type == CUDA_R_8F_E5M2;
+}
+
+static size_t element_bytes(uint32_t type) {
+    return is_fp8(type) ? 1 : type == CUDA_R_16BF ? 2 : 4;
 }
 
 static bool layout_valid(cublasLtMatrixLayout_t layout) {
@@ -234,6 +248,20 @@ static bool layout_valid(cublasLtMatrixLayout_t layout) {
 static bool layout_equal(cublasLtMatrixLayout_t x, cublasLtMatrixLayout_t y) {
     return x->type == y->type && x->order == y->order && x->rows == y->rows && x->cols == y->cols &&
            x->ld == y->ld && x->batch == y->batch && x->stride == y->stride;
+}
+
+// What Hopper's tensor cores take of 8-bit floats, with D = Aᵀ B of (m,n), sums of k terms: k is
+// the contiguous direction of both, not both are e5m2, all sizes and strides are multiples of 16
+// bytes (n too, as the manual has it). Batches are not emulated.
+static bool fp8_valid(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                      cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t d) {
+    bool sizes = a->rows % 16 == 0 && a->cols % 16 == 0 && b->cols % 16 == 0;
+    bool strides = a->ld % 16 == 0 && b->ld % 16 == 0 &&
+                   d->ld * (int64_t)element_bytes(d->type) % 16 == 0;
+    return is_fp8(a->type) && is_fp8(b->type) &&
+           (a->type == CUDA_R_8F_E4M3 || b->type == CUDA_R_8F_E4M3) &&
+           (d->type == CUDA_R_16BF || d->type == CUDA_R_32F) && desc->trans_a == CUBLAS_OP_T &&
+           desc->trans_b == CUBLAS_OP_N && d->batch == 1 && sizes && strides;
 }
 
 static cublasStatus_t problem_make(Problem* problem, cublasLtMatmulDesc_t desc,
@@ -259,11 +287,14 @@ static cublasStatus_t problem_make(Problem* problem, cublasLtMatmulDesc_t desc,
     bool orders = a->order == CUBLASLT_ORDER_COL && b->order == CUBLASLT_ORDER_COL &&
                   c->order == CUBLASLT_ORDER_COL && d->order == CUBLASLT_ORDER_COL;
     bool ops = (ta || desc->trans_a == CUBLAS_OP_N) && (tb || desc->trans_b == CUBLAS_OP_N);
-    bool types = a->type == b->type && c->type == d->type &&
+    bool fp8 = is_fp8(a->type) || is_fp8(b->type);
+    bool types = a->type == b->type &&
                  ((a->type == CUDA_R_32F && d->type == CUDA_R_32F) ||
                   (a->type == CUDA_R_16BF && (d->type == CUDA_R_32F || d->type == CUDA_R_16BF)));
-    if (!orders || !ops || !types || desc->compute_type != CUBLAS_COMPUTE_32F ||
-        desc->scale_type != CUDA_R_32F || desc->pointer_mode != CUBLASLT_POINTER_MODE_HOST ||
+    if (fp8) types = fp8_valid(desc, a, b, d);
+    if (!orders || !ops || !types || c->type != d->type ||
+        desc->compute_type != CUBLAS_COMPUTE_32F || desc->scale_type != CUDA_R_32F ||
+        desc->pointer_mode != CUBLASLT_POINTER_MODE_HOST ||
         desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT || !layout_equal(c, d)) {
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
@@ -275,15 +306,17 @@ static cublasStatus_t problem_make(Problem* problem, cublasLtMatmulDesc_t desc,
                        tb ? Strides{b->stride, 1, b->ld} : Strides{b->stride, b->ld, 1},
                        ta ? Strides{a->stride, 1, a->ld} : Strides{a->stride, a->ld, 1},
                        Strides{d->stride, d->ld, 1},
-                       a->type == CUDA_R_16BF,
-                       d->type == CUDA_R_16BF};
+                       b->type,
+                       a->type,
+                       d->type,
+                       desc->fast_accum != 0};
     return CUBLAS_STATUS_SUCCESS;
 }
 
 // Bytes from an operand's first element to one past its last.
-static size_t operand_bytes(Strides s, int64_t rows, int64_t cols, int64_t batch, bool is_bf16) {
+static size_t operand_bytes(Strides s, int64_t rows, int64_t cols, int64_t batch, uint32_t type) {
     return ((batch - 1) * s.stride + (rows - 1) * s.row + (cols - 1) * s.col + 1) *
-           element_bytes(is_bf16);
+           element_bytes(type);
 }
 
 static uint64_t hash_bytes(const void* data, size_t bytes) {
@@ -296,7 +329,7 @@ static uint64_t problem_hash(const Problem* p) {
     int64_t members[] = {p->rows,        p->cols,        p->depth,       p->batch,
                          p->src.stride,  p->src.row,     p->src.col,     p->weights.stride,
                          p->weights.row, p->weights.col, p->dst.stride,  p->dst.row,
-                         p->bf16_in,     p->bf16_out};
+                         p->src_type,    p->weights_type, p->dst_type,   p->fast_accum};
     return hash_bytes(members, sizeof members);
 }
 
@@ -325,6 +358,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     Problem problem;
     cublasStatus_t status = problem_make(&problem, desc, a_layout, b_layout, c_layout, d_layout);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
+    for (int i = 0; i < 4; i++) {    // 8-bit floats have no kernel for less aligned pointers
+        if (is_fp8(problem.src_type) && preference->align[i] % 16 != 0) {
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+        }
+    }
     memset(results, 0, sizeof *results);
     // All of the permitted workspace is asked for, so that a caller who passes less is found out.
     algo_make(&results->algo, &problem, preference->workspace_bytes, preference->align);
@@ -474,25 +512,24 @@ static Piece* piece_find(const PieceKey& key) {
     return slot;
 }
 
-// Memory of the calling thread, grown on demand.
+// Memory that grows on demand; each thread has its own.
 struct Scratch {
     void* data = nullptr;
     size_t bytes = 0;
     ~Scratch() { free(data); }
 };
 
-static void* scratch_reserve(size_t bytes) {
-    static thread_local Scratch scratch;
-    if (bytes > scratch.bytes) {
-        free(scratch.data);
-        scratch.bytes = (bytes + 4095) / 4096 * 4096;
-        scratch.data = aligned_alloc(4096, scratch.bytes);
-        if (!scratch.data) {
+static void* scratch_reserve(Scratch* scratch, size_t bytes) {
+    if (bytes > scratch->bytes) {
+        free(scratch->data);
+        scratch->bytes = (bytes + 4095) / 4096 * 4096;
+        scratch->data = aligned_alloc(4096, scratch->bytes);
+        if (!scratch->data) {
             fprintf(stderr, "cublasLt: out of memory for %zu bytes of scratch\n", bytes);
             exit(70);
         }
     }
-    return scratch.data;
+    return scratch->data;
 }
 
 // ---- execution ------------------------------------------------------------------------------
@@ -500,7 +537,7 @@ static void* scratch_reserve(size_t bytes) {
 typedef struct {
     Problem problem;
     Partition cut;
-    Piece* kinds[8];    // by (last row tile) + 2 (last column tile) + 4 (last group)
+    Piece* kinds[8];    // by (last row tile) + 2 (last column tile) + 4 (last group); not for fp8
     float alpha, beta;
     const char *src, *weights, *c;
     char *dst, *workspace;
@@ -509,6 +546,38 @@ typedef struct {
 
 static int64_t shorter(int64_t n, int64_t part, int64_t index) {
     return n - index * part < part ? n - index * part : part;
+}
+
+static void piece_run(const Piece* piece, const void* src, const void* weights, void* dst,
+                      float alpha) {
+    OneThread one_thread;
+    static thread_local Scratch scratch;
+    static thread_local dnnl::stream stream(cpu_engine());
+    dnnl::memory src_memory(piece->src, cpu_engine(), (void*)src);
+    dnnl::memory weights_memory(piece->weights, cpu_engine(), (void*)weights);
+    dnnl::memory dst_memory(piece->dst, cpu_engine(), dst);
+    dnnl::memory scratch_memory(piece->scratch, cpu_engine(),
+                                scratch_reserve(&scratch, piece->scratch.get_size()));
+    dnnl_exec_arg_t args[5] = {{DNNL_ARG_SRC, src_memory.get()},
+                               {DNNL_ARG_WEIGHTS, weights_memory.get()},
+                               {DNNL_ARG_DST, dst_memory.get()},
+                               {DNNL_ARG_SCRATCHPAD, scratch_memory.get()}};
+    int arg_count = 4;
+    (void)alpha;
+#if DNNL_VERSION_MAJOR >= 3
+    // given when it runs, where 2.x has it in the primitive
+    dnnl::memory::desc alpha_desc({1}, dnnl::memory::data_type::f32, {1});
+    dnnl::memory alpha_memory(alpha_desc, cpu_engine(), &alpha);
+    if (alpha != 1) {
+        args[arg_count++] = {DNNL_ARG_ATTR_SCALES | DNNL_ARG_SRC, alpha_memory.get()};
+    }
+#endif
+    dnnl_status_t status =
+        dnnl_primitive_execute(piece->primitive.get(), stream.get(), arg_count, args);
+    if (status != dnnl_success) {
+        fprintf(stderr, "cublasLt: oneDNN failed with status %d\n", (int)status);
+        exit(70);
+    }
 }
 
 static void matmul_piece(void* arg, int index) {
@@ -522,7 +591,7 @@ static void matmul_piece(void* arg, int index) {
                                      2 * (col_tile == cut->col_tiles - 1) +
                                      4 * (group == cut->groups - 1)];
     int64_t i = row_tile * cut->tile_rows, j = col_tile * cut->tile_cols, b = group * cut->group;
-    size_t in = element_bytes(p->bf16_in), out = element_bytes(p->bf16_out);
+    size_t in = element_bytes(p->src_type), out = element_bytes(p->dst_type);
     const char* src = call->src + (b * p->src.stride + i * p->src.row) * in;
     const char* weights = call->weights + (b * p->weights.stride + j * p->weights.col) * in;
     int64_t dst_offset = (b * p->dst.stride + i * p->dst.row + j) * out;
@@ -539,34 +608,84 @@ static void matmul_piece(void* arg, int index) {
             }
         }
     }
+    piece_run(piece, src, weights, dst, call->alpha);
+}
 
-    OneThread one_thread;
-    static thread_local dnnl::stream stream(cpu_engine());
-    dnnl::memory src_memory(piece->src, cpu_engine(), (void*)src);
-    dnnl::memory weights_memory(piece->weights, cpu_engine(), (void*)weights);
-    dnnl::memory dst_memory(piece->dst, cpu_engine(), dst);
-    dnnl::memory scratch_memory(piece->scratch, cpu_engine(),
-                                scratch_reserve(piece->scratch.get_size()));
-    dnnl_exec_arg_t args[5] = {{DNNL_ARG_SRC, src_memory.get()},
-                               {DNNL_ARG_WEIGHTS, weights_memory.get()},
-                               {DNNL_ARG_DST, dst_memory.get()},
-                               {DNNL_ARG_SCRATCHPAD, scratch_memory.get()}};
-    int arg_count = 4;
-#if DNNL_VERSION_MAJOR >= 3
-    float alpha = call->alpha;    // given when it runs, where 2.x has it in the primitive
-    dnnl::memory::desc alpha_desc({1}, dnnl::memory::data_type::f32, {1});
-    dnnl::memory alpha_memory(alpha_desc, cpu_engine(), &alpha);
-    if (alpha != 1) {
-        args[arg_count++] = {DNNL_ARG_ATTR_SCALES | DNNL_ARG_SRC, alpha_memory.get()};
+// ---- execution, 8-bit floats ----------------------------------------------------------------
+
+// Terms of a sum that are floats at a time: 3 MB for a tile of 256 x 512, and the conversion of an
+// element is shared by hundreds of products.
+static const int64_t FP8_DEPTH = 1024;
+
+struct Fp8Values {
+    float e4m3[256], e5m2[256];
+    Fp8Values() {
+        for (int code = 0; code < 256; code++) {
+            __nv_fp8_e4m3 x;
+            __nv_fp8_e5m2 y;
+            x.__x = y.__x = (__nv_fp8_storage_t)code;
+            e4m3[code] = (float)x;
+            e5m2[code] = (float)y;
+        }
     }
-#endif
-    dnnl_status_t status =
-        dnnl_primitive_execute(piece->primitive.get(), stream.get(), arg_count, args);
-    if (status != dnnl_success) {
-        fprintf(stderr, "cublasLt: oneDNN failed with status %d\n", (int)status);
-        exit(70);
+};
+
+// out (rows, depth) from rows of codes that lie `stride` apart.
+static void fp8_decode(float* out, const char* codes, uint32_t type, int64_t rows, int64_t depth,
+                       int64_t stride) {
+    static const Fp8Values values;
+    const float* value = type == CUDA_R_8F_E4M3 ? values.e4m3 : values.e5m2;
+    for (int64_t i = 0; i < rows; i++) {
+        const uint8_t* row = (const uint8_t*)codes + i * stride;
+        for (int64_t k = 0; k < depth; k++) out[i * depth + k] = value[row[k]];
     }
 }
+
+static void matmul_piece_fp8(void* arg, int index) {
+    const MatmulCall* call = (const MatmulCall*)arg;
+    const Problem* p = &call->problem;
+    const Partition* cut = &call->cut;
+    int64_t row_tile = index % cut->row_tiles, col_tile = index / cut->row_tiles;
+    int64_t i = row_tile * cut->tile_rows, j = col_tile * cut->tile_cols;
+    int64_t rows = shorter(p->rows, cut->tile_rows, row_tile);
+    int64_t cols = shorter(p->cols, cut->tile_cols, col_tile);
+    int64_t most = p->depth < FP8_DEPTH ? p->depth : FP8_DEPTH;
+    static thread_local Scratch scratch;
+    float* sums = (float*)scratch_reserve(
+        &scratch, (rows * cols + (rows + cols) * most) * sizeof(float));
+    float *src = sums + rows * cols, *weights = src + rows * most;
+    for (int64_t k = 0; k < p->depth; k += most) {
+        int64_t depth = p->depth - k < most ? p->depth - k : most;
+        fp8_decode(src, call->src + i * p->src.row + k, p->src_type, rows, depth, p->src.row);
+        fp8_decode(weights, call->weights + j * p->weights.col + k, p->weights_type, cols, depth,
+                   p->weights.col);
+        PieceKey key;
+        memset(&key, 0, sizeof key);
+        key.rows = rows, key.cols = cols, key.depth = depth, key.batch = 1;
+        key.src = Strides{0, depth, 1}, key.weights = Strides{0, 1, depth};
+        key.dst = Strides{0, cols, 1};
+        key.alpha = 1, key.beta = k > 0;
+        piece_run(piece_find(key), src, weights, sums, 1);
+    }
+    float alpha = call->alpha, beta = call->beta;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t first = (i + r) * p->dst.row + j;
+        float* sum = sums + r * cols;
+        for (int64_t k = 0; k < cols; k++) sum[k] *= alpha;
+        if (p->dst_type == CUDA_R_32F) {
+            const float* c = beta != 0 ? (const float*)call->c + first : NULL;
+            for (int64_t k = 0; k < cols && c; k++) sum[k] += beta * c[k];
+            memcpy((float*)call->dst + first, sum, cols * sizeof(float));
+        } else {
+            const unsigned short* c = beta != 0 ? (const unsigned short*)call->c + first : NULL;
+            unsigned short* d = (unsigned short*)call->dst + first;
+            for (int64_t k = 0; k < cols && c; k++) sum[k] += beta * host_bf16_float(c[k]);
+            for (int64_t k = 0; k < cols; k++) d[k] = host_bf16_bits(sum[k]);
+        }
+    }
+}
+
+// ---- the call -------------------------------------------------------------------------------
 
 // oneDNN's code is not instrumented, so under AddressSanitizer the operands are looked at here.
 extern "C" void* __asan_region_is_poisoned(void* begin, size_t bytes) __attribute__((weak));
@@ -584,12 +703,12 @@ static void matmul_run(void* arg) {
     MatmulCall* call = (MatmulCall*)arg;
     const Problem* p = &call->problem;
     const Partition* cut = &call->cut;
-    check_range("B", call->src, operand_bytes(p->src, p->rows, p->depth, p->batch, p->bf16_in));
+    check_range("B", call->src, operand_bytes(p->src, p->rows, p->depth, p->batch, p->src_type));
     check_range("A", call->weights,
-                operand_bytes(p->weights, p->depth, p->cols, p->batch, p->bf16_in));
-    check_range("D", call->dst, operand_bytes(p->dst, p->rows, p->cols, p->batch, p->bf16_out));
+                operand_bytes(p->weights, p->depth, p->cols, p->batch, p->weights_type));
+    check_range("D", call->dst, operand_bytes(p->dst, p->rows, p->cols, p->batch, p->dst_type));
     if (call->beta != 0) {
-        check_range("C", call->c, operand_bytes(p->dst, p->rows, p->cols, p->batch, p->bf16_out));
+        check_range("C", call->c, operand_bytes(p->dst, p->rows, p->cols, p->batch, p->dst_type));
     }
     if (call->workspace_bytes > 0) {    // whoever keeps something there shall notice
         size_t edge = call->workspace_bytes < 256 ? call->workspace_bytes : 256;
@@ -597,11 +716,14 @@ static void matmul_run(void* arg) {
         memset(call->workspace + call->workspace_bytes - edge, 0xff, edge);
     }
     double begin = host_profile_begin();
-    host_parallel_for((int)(cut->row_tiles * cut->col_tiles * cut->groups), matmul_piece, call);
+    bool fp8 = is_fp8(p->src_type);
+    host_parallel_for((int)(cut->row_tiles * cut->col_tiles * cut->groups),
+                      fp8 ? matmul_piece_fp8 : matmul_piece, call);
     if (begin == 0) return;
     char name[96];    // in the letters of matmul.cuh: n and t for the two operands, then M x N x K
-    snprintf(name, sizeof name, "matmul_%c%c%s %lldx%lldx%lld, %lld", p->src.col == 1 ? 'n' : 't',
-             p->weights.col == 1 ? 'n' : 't', call->beta != 0 ? "+" : "", (long long)p->rows,
+    snprintf(name, sizeof name, "matmul_%s%c%c%s %lldx%lldx%lld, %lld", fp8 ? "fp8_" : "",
+             p->src.col == 1 ? 'n' : 't', p->weights.col == 1 ? 'n' : 't',
+             call->beta != 0 ? "+" : "", (long long)p->rows,
              (long long)p->cols, (long long)p->depth, (long long)p->batch);
     host_profile_end(name, begin);
 }
@@ -650,9 +772,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     // Strided operands may interleave with D without touching it; dense ones may not.
-    size_t d_bytes = operand_bytes(p->dst, p->rows, p->cols, p->batch, p->bf16_out);
-    size_t a_bytes = operand_bytes(p->weights, p->depth, p->cols, p->batch, p->bf16_in);
-    size_t b_bytes = operand_bytes(p->src, p->rows, p->depth, p->batch, p->bf16_in);
+    size_t d_bytes = operand_bytes(p->dst, p->rows, p->cols, p->batch, p->dst_type);
+    size_t a_bytes = operand_bytes(p->weights, p->depth, p->cols, p->batch, p->weights_type);
+    size_t b_bytes = operand_bytes(p->src, p->rows, p->depth, p->batch, p->src_type);
     bool dense = d_layout->ld == (int64_t)d_layout->rows &&
                  a_layout->ld == (int64_t)a_layout->rows && b_layout->ld == (int64_t)b_layout->rows;
     if (dense && (overlap(d, d_bytes, a, a_bytes) || overlap(d, d_bytes, b, b_bytes))) {
@@ -669,7 +791,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     call.dst = (char*)d;
     call.workspace = (char*)workspace;
     call.workspace_bytes = algo->data[2];
-    for (int kind = 0; kind < 8; kind++) {
+    for (int kind = 0; kind < 8 && !is_fp8(p->src_type); kind++) {
         bool last_row = kind & 1, last_col = kind & 2, last_group = kind & 4;
         const Partition* cut = &call.cut;
         if ((!last_row && cut->row_tiles == 1) || (!last_col && cut->col_tiles == 1) ||
@@ -684,7 +806,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         key.batch = shorter(p->batch, cut->group, last_group ? cut->groups - 1 : 0);
         key.src = p->src, key.weights = p->weights, key.dst = p->dst;
         if (key.batch == 1) key.src.stride = key.weights.stride = key.dst.stride = 0;
-        key.bf16_in = p->bf16_in, key.bf16_out = p->bf16_out;
+        key.bf16_in = p->src_type == CUDA_R_16BF, key.bf16_out = p->dst_type == CUDA_R_16BF;
         key.alpha = call.alpha, key.beta = call.beta;
         call.kinds[kind] = piece_find(key);
     }

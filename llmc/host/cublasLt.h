@@ -8,6 +8,11 @@ same source on both targets. cublasLt.cpp computes the products with oneDNN.
 
 types       A B both float or both bf16; C D of one type: float, or bf16 if A and B are.
             Sums are kept in float. D is rounded once, after alpha and beta.
+8 bits      A B e4m3, or one of them e5m2; C D float or bf16. The values are exact and so are the
+            products; their sums are kept in float, more than Hopper's 14 or so bits, with or
+            without FAST_ACCUM. What Hopper refuses is refused: op(A) other than T and op(B) other
+            than N, two e5m2, sizes and strides that are no multiples of 16 bytes, less aligned
+            pointers. Scale pointers, bf16 C with float D, 8-bit D and batches are not emulated.
 beta = 0    C is not read, so NaN in it cannot leak; C may be NULL.
 C and D     have equal layouts; D may be C, else they may not overlap.
 determinism D is cut into pieces by its shape alone and each piece is computed by one thread:
@@ -15,7 +20,7 @@ determinism D is cut into pieces by its shape alone and each piece is computed b
 strictness  What the real library merely assumes is checked: pointers are aligned as promised in the
             preferences, an algorithm is used for the problem it was found for, the workspace has
             the size that the heuristic asked for (its first and last bytes are overwritten).
-test        test/cases_matmul.h
+test        test/cases_matmul.h, test/cases_fp8.h
 */
 #pragma once
 #include <stddef.h>
@@ -40,7 +45,12 @@ typedef enum {
 
 typedef enum { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 } cublasOperation_t;
 typedef enum { CUBLAS_COMPUTE_32F = 68 } cublasComputeType_t;
-typedef enum { CUDA_R_32F = 0, CUDA_R_16BF = 14 } cudaDataType_t;
+typedef enum {
+    CUDA_R_32F = 0,
+    CUDA_R_16BF = 14,
+    CUDA_R_8F_E4M3 = 28,
+    CUDA_R_8F_E5M2 = 29,
+} cudaDataType_t;
 typedef cudaDataType_t cudaDataType;
 
 typedef enum { CUBLASLT_ORDER_COL = 0, CUBLASLT_ORDER_ROW = 1 } cublasLtOrder_t;
@@ -57,6 +67,7 @@ typedef enum {
     CUBLASLT_MATMUL_DESC_TRANSA = 3,          // int32_t
     CUBLASLT_MATMUL_DESC_TRANSB = 4,          // int32_t
     CUBLASLT_MATMUL_DESC_EPILOGUE = 7,        // uint32_t
+    CUBLASLT_MATMUL_DESC_FAST_ACCUM = 25,     // int8_t
 } cublasLtMatmulDescAttributes_t;
 
 typedef enum {
