@@ -145,11 +145,11 @@ ifneq ($(NCCL),0)
 ranks   = $(foreach np,$(1),np=$(np):$(O)/$(2))
 LAZY   := np=2:env,HOST_STREAMS=lazy,HOST_SCHED=12345,$(O)/test_zero,modern
 ifeq ($(HOST_PREC)$(SAN),fp32)
-RUNS   += $(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 4 8,test_zero)
+RUNS   += $(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 8,test_zero) $(call ranks,4,test_zero$(comma)modern)
 RUNS   += $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
 RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace test/faults.sh,$(O)/train_gpt2_cpu test/cli_launch.sh,$(O)/train_gpt2_cpu
 else ifeq ($(HOST_PREC)$(SAN),bf16)
-RUNS   += $(call ranks,2 8,test_zero) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
+RUNS   += $(call ranks,2,test_zero) $(call ranks,8,test_zero$(comma)modern$(comma)sub3$(comma)normuon) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
 else
 RUNS   += $(if $(filter thread,$(SAN)),$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)$(if $(filter thread,$(SAN)),file,modern))
 endif

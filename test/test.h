@@ -2,8 +2,8 @@
 The harness of every test program: named checks, counters, inputs that repeat.
 
     int main(int argc, char** argv) {
-        test_init(argc, argv);                     // [filter] [--verbose]
-        if (test_group("rmsnorm")) test_rmsnorm(); // skipped unless the name contains the filter
+        test_init(argc, argv);                     // [filter ...] [--verbose]
+        if (test_group("rmsnorm")) test_rmsnorm(); // skipped unless the name contains a filter
         return test_summary();                     // `N passed, N failed`, the exit status
     }
 
@@ -32,7 +32,8 @@ typedef struct {
     int group_passed, group_failed;      // since the last test_group
     double group_worst;                  // largest error of the group as a fraction of what is allowed
     char group[64];
-    const char* filter;                  // NULL: everything
+    const char* filters[8];              // none: everything
+    int filter_count;
     bool verbose;
 } TestState;
 
@@ -58,7 +59,10 @@ static inline void test_group_end(void) {
 // Ends the group before and says whether this one is wanted.
 static inline bool test_group(const char* name) {
     test_group_end();
-    if (test_state.filter && !strstr(name, test_state.filter)) return false;
+    bool wanted = test_state.filter_count == 0;
+    for (int i = 0; i < test_state.filter_count; i++)
+        wanted = wanted || strstr(name, test_state.filters[i]);
+    if (!wanted) return false;
     snprintf(test_state.group, sizeof test_state.group, "%s", name);
     return true;
 }
@@ -179,7 +183,8 @@ static inline void test_init(int argc, char** argv) {
             fprintf(stderr, "usage: %s [part of a group's name] [--verbose]\n", argv[0]);
             exit(2);
         } else {
-            test_state.filter = argv[i];
+            REQUIRE(test_state.filter_count < 8, "more than 8 filters");
+            test_state.filters[test_state.filter_count++] = argv[i];
         }
     }
 }
@@ -189,8 +194,8 @@ static inline int test_summary(void) {
     test_group_end();
     TestState* s = &test_state;
     if (s->passed + s->failed + s->skipped == 0) {
-        printf("FAIL  no check was run%s%s\n", s->filter ? ", no group is named like " : "",
-               s->filter ? s->filter : "");
+        printf("FAIL  no check was run%s%s\n", s->filter_count ? ", no group is named like " : "",
+               s->filter_count ? s->filters[0] : "");
         s->failed = 1;
     }
     printf("%d passed, %d failed", s->passed, s->failed);

@@ -263,8 +263,7 @@ static void settings_of(Settings* cfg, const GoldenCase* c, const GoldenVariant*
     cfg->bf16_head = v->tabbf16 || (v->asis && normuon);
     cfg->bf16_state = v->adambf16;
     cfg->fp8_head = v->fp8 || (v->asis && late);
-    cfg->fp8_x_scale = v->fp8_x, cfg->fp8_w_scale = v->fp8_w;
-    cfg->fp8_grad_scale = sub3 ? v->fp8_grad / (c->B * c->T) : v->fp8_grad;      // of one token's loss
+    if (sub3) cfg->fp8_grad_scale = v->fp8_grad / (c->B * c->T);    // of one token's loss
     cfg->embed_lr = cfg->value_lr = c->lr_wte * v->adam_scale;
     cfg->muon_lr = c->lr_muon;
     if (c->recipe != GOLDEN_MODERN) cfg->head_lr = c->lr_head * v->adam_scale;
@@ -326,13 +325,15 @@ static void schedule_step(Model* m, const GoldenCase* c, const GoldenVariant* v,
     if (evaluation) return;
     now->lr_mult = (float)v->lr_mult[i], now->muon_momentum = (float)v->momentum[i];
     // The case starts with a fresh optimizer and may leave out steps, whatever numbers they have.
+    int64_t adam_step = 0;
     m->pending = false;
-    now->adam_step = 0;
     for (int k = 0; k <= i; k++) {
         bool adam = !normuon || (v->steps[k] + 1) % m->cfg->adam_every == 0;
-        now->adam_step += adam;
+        adam_step += adam;
         if (k < i) m->pending = !adam;
     }
+    if (!v->steps_given) golden_row("the schedule's steps of Adam", "wrong", now->adam_step != adam_step, 0);
+    now->adam_step = adam_step;
 }
 
 static double batch_loss(Model* m, const GoldenCase* c, int i) {

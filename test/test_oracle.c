@@ -692,8 +692,8 @@ static void run_oracle(const GoldenCase* c, const GoldenVariant* v, GoldenResult
 int main(int argc, char** argv) {
     test_init(argc, argv);
     golden_quiet = !test_state.verbose;
-    if (test_state.filter && strchr(test_state.filter, '/')) {
-        golden_run(test_state.filter, run_oracle, false);
+    if (test_state.filter_count && strchr(test_state.filters[0], '/')) {
+        golden_run(test_state.filters[0], run_oracle, false);
         return test_summary();
     }
     if (test_group("embedding")) test_embedding();
