@@ -265,9 +265,9 @@ enum { GOLDEN_MATRIX, GOLDEN_TABLE, GOLDEN_SCALARS, GOLDEN_GATE };
 // tensor: a name of ours or a golden one
 static inline int golden_kind(const char* tensor) {
     if (strstr(tensor, "gate.weight")) return GOLDEN_GATE;
-    if (strstr(tensor, ".attn.c_") || strstr(tensor, ".mlp.c_") || strstr(tensor, ".attn.qkv")) return GOLDEN_MATRIX;
-    if (strstr(tensor, "wte.weight") || strstr(tensor, "lm_head.weight") || strstr(tensor, "embed")) return GOLDEN_TABLE;
-    return GOLDEN_SCALARS;
+    bool matrix = strstr(tensor, ".attn.c_") || strstr(tensor, ".mlp.c_") || strstr(tensor, ".attn.qkv");
+    bool table = strstr(tensor, "wte.weight") || strstr(tensor, "lm_head.weight") || strstr(tensor, "embed");
+    return matrix ? GOLDEN_MATRIX : table ? GOLDEN_TABLE : GOLDEN_SCALARS;
 }
 
 // ---- a variant -------------------------------------------------------------------------------
@@ -617,7 +617,8 @@ static inline GoldenBound golden_activation_bound(const GoldenCase* c, const Gol
         return v->rope_bf16 ? golden_bound(0x1p-8, 0, 0, 1e-3, 1e-6) : golden_bound(1e-5, 0, 0, 0, 0);
     }
     if (v->asis) return logits ? golden_bound(0, 0.3, 0.1, 0, 0) : golden_bound(0, 1.0, 0.1, 0, 0);
-    if (bf16) return golden_bound(0, golden_bf16_noise(c, v) * (logits ? 0.1 : 0.2), golden_bf16_noise(c, v) * 0.02, 0, 0);
+    double noise = golden_bf16_noise(c, v);
+    if (bf16) return golden_bound(0, noise * (logits ? 0.1 : 0.2), noise * 0.02, 0, 0);
     // Logits are bf16 numbers there, of which a few round the other way, by 2^-8 of an element that is
     // up to ten times the rms. What a code of FP8 that rounds the other way changes: one of x, a row
     // of logits by some 1e-2 of their rms; one of the gradient, the gradient of one token.

@@ -12,9 +12,9 @@ Central differences. A scalar s(x) = sum of w y(x) with random w has the gradien
 element, and at least 2e-8, leaves a factor of 50. A lost factor, sign or index is off by the
 order of 1.
 */
-#include "test.h"
-#include "oracle.h"
 #include "golden.h"
+#include "oracle.h"
+#include "test.h"
 
 enum { MAX = 4096 };
 
