@@ -85,6 +85,8 @@ $(O)/host/%.o: llmc/host/%.cpp $(HOST_LINK)
 $(O)/train_gpt2_cpu: train_gpt2.cu $(HOST_OBJ) $(HOST_LINK) $(O)/commit
 	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) $(SAN_DEFS) $(DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
 	    -x c++ $< -x none $(HOST_OBJ) $(HOST_LIBS) $(MPI_LIBS) -o $@
+# These two judge the model and its ranks, test_kernels and test_golden the kernels as they ship: half the time to compile.
+$(O)/test_model $(O)/test_zero: private OPT := $(if $(SAN),-O1,-O2 -march=native)
 # The tests include the trainer without its main: what only main calls is unused there.
 $(O)/%: test/%.cu $(HOST_OBJ) $(HOST_LINK)
 	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) -Wno-unused-function $(SAN_FLAGS) $(SAN_DEFS) -DPRECISION_$(call UP,$(HOST_PREC)) -MMD -MP -MF $@.d \
@@ -138,23 +140,23 @@ ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread bf16undefined),)
 RUNS   += $(O)/test_loader
 endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
-RUNS   += $(O)/test_oracle test/download.sh,$(O)/http_server test/compare_logs.sh,$(O)/compare_logs test/generate.sh,$(O)/train_gpt2_cpu
+RUNS   += $(O)/test_oracle beside:test/download.sh,$(O)/http_server beside:test/compare_logs.sh,$(O)/compare_logs test/generate.sh,$(O)/train_gpt2_cpu
 endif
 # Under mpirun: np=N:PROGRAM is N ranks of it. 3 divides no bucket of eight layers, 8 divides them all.
 ifneq ($(NCCL),0)
 ranks   = $(foreach np,$(1),np=$(np):$(O)/$(2))
 LAZY   := np=2:env,HOST_STREAMS=lazy,HOST_SCHED=12345,$(O)/test_zero,modern
 ifeq ($(HOST_PREC)$(SAN),fp32)
-RUNS   += $(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 8,test_zero) $(call ranks,4,test_zero$(comma)modern)
+RUNS   += beside:$(O)/test_ranks $(O)/test_nccl $(call ranks,2 3 4 8,test_nccl) $(O)/test_trace $(O)/test_zero $(call ranks,2 3 8,test_zero) $(call ranks,4,test_zero$(comma)modern)
 RUNS   += $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
-RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace test/faults.sh,$(O)/train_gpt2_cpu test/cli_launch.sh,$(O)/train_gpt2_cpu
+RUNS   += test/ranks.sh,$(O)/train_gpt2_cpu,$(O)/check_trace beside:test/faults.sh,$(O)/train_gpt2_cpu beside:test/cli_launch.sh,$(O)/train_gpt2_cpu
 else ifeq ($(HOST_PREC)$(SAN),bf16)
 RUNS   += $(call ranks,2,test_zero) $(call ranks,8,test_zero$(comma)modern$(comma)sub3$(comma)normuon) $(LAZY) $(call ranks,2,test_golden$(comma)$(call list,$(GOLDEN)))
 else
-RUNS   += $(if $(filter thread,$(SAN)),$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(call ranks,2,test_zero$(comma)$(if $(filter thread,$(SAN)),file,modern))
+RUNS   += $(if $(filter thread,$(SAN)),beside:$(O)/test_ranks) $(call ranks,2 3,test_nccl) $(if $(filter undefined,$(SAN)),,$(call ranks,2,test_zero$(comma)$(if $(filter thread,$(SAN)),file,modern)))
 endif
 endif
-TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(filter test/ranks.sh%,$(RUNS)),$(O)/check_trace alone) $(if $(filter test/download.sh%,$(RUNS)),$(O)/http_server $(O)/compare_logs $(O)/tokenize $(O)/train_bpe)
+TOOLS     := $(O)/train_gpt2_cpu $(O)/text_to_shards $(if $(findstring test/ranks.sh,$(RUNS)),$(O)/check_trace alone) $(if $(findstring test/download.sh,$(RUNS)),$(O)/http_server $(O)/compare_logs $(O)/tokenize $(O)/train_bpe)
 RUN_FILES  = $(foreach run,$(RUNS),$(filter build/%,$(firstword $(subst $(comma), ,$(lastword $(subst :, ,$(run)))))))
 # With much randomness in the addresses (vm.mmap_rnd_bits = 32) the sanitizers of g++ 12 find no room for their shadow.
 STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R))
@@ -166,7 +168,7 @@ test: $(RUN_FILES) $(TOOLS)     ## the tests of one build; scripts/test.sh runs 
 alone:                   # built with NCCL=0, for test/ranks.sh
 	@$(MAKE) --no-print-directory NCCL=0 PRECISION=$(HOST_PREC) build/$(HOST_PREC)-alone/train_gpt2_cpu
 test-orders: $(O)/test_kernels $(O)/test_model     ## the kernels and the model with threads, blocks and streams in other orders
-	test/run.sh $(foreach order,$(ORDERS),$(foreach run,$(O)/test_kernels $(O)/test_model,env,$(order),$(run)))
+	test/run.sh $(foreach order,$(ORDERS),env,$(order),$(O)/test_kernels) $(foreach order,$(filter HOST_STREAMS%,$(ORDERS)) $(lastword $(ORDERS)),env,$(order),$(O)/test_model)
 test-124m: $(TOOLS)      ## three steps at the full size on the CPU: loss, memory, time (takes 2.7 GiB)
 	test/full_size.sh $(O)/train_gpt2_cpu
 test-nvcc:               ## compiles and links for three GPU architectures, compares dev/kernels.txt

@@ -10,16 +10,17 @@ The model, in the order of the tokens' journey:
   - L layers of  x += attention(rms(x)),  x += mlp(rms(x));  RMSNorm without gain
   - attention: QK-norm, rotary positions, causal, head dim 32, 64 or 128
   - MLP: ReLU² between a matrix to 4C channels and one back
-  - options of a recipe: U-net skips, a learned mix with the embedding, a learned mix of the values
-    with layer 0's, a softcap on the logits
-  - matrices are trained by Muon, tables and scalars by AdamW
+  - options of a recipe, all off in the plain one: skips between layers, learned mixes with the
+    embedding and of the values with layer 0's or with looked-up ones, gates, documents and windows
+    that limit what attention sees, a softcap on the logits, the head in 8 bits
+  - matrices are trained by Muon or NorMuon, tables and scalars by Adam
 One process drives one GPU. N of them (ranks) each take an N-th of a batch; every matrix is updated
 by one rank, its owner (ZeRO-1, llmc/zero.cuh).
 The same file is compiled by nvcc for a GPU, and by g++ against llmc/host, which executes the very
 same kernels on a CPU.
 
 Letters: B sequences of T tokens in a micro-batch, N = B*T rows, C channels, H heads of D = C/H,
-F = 4C, V columns of the vocabulary (V8: filled up to a multiple of 8), L layers.
+F = 4C, V columns of the vocabulary (V8: filled up to a multiple of 16), L layers.
 
 How to run:  ./train_gpt2 --help
 */
@@ -1330,7 +1331,8 @@ static void print_model(FILE* out, const Model* m) {
         fprintf(out, "  %-18s %10.1f MiB\n", memory->name[i], memory->bytes[i] / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "memory in all", memory_total(memory) / 1048576.0);
     fprintf(out, "  %-18s %10.1f MiB\n", "and on the host", m->host_bytes / 1048576.0);
-    params_print_ranks(out, &m->params, m->micro_steps, STATS - STAT_NORM2 + m->micro_steps);
+    params_print_ranks(out, &m->params, m->micro_steps, STATS - STAT_NORM2 + m->micro_steps,
+                       (int)m->cfg->adam_every);
 }
 
 static void print_roofline(FILE* out, const Model* m) {
@@ -1361,16 +1363,14 @@ static void print_roofline(FILE* out, const Model* m) {
     r->skips += cfg->backout >= 0;
     r->ns_steps = (int)cfg->ns_steps;
     r->micro_steps = m->micro_steps, r->ranks = ps->zero.world;
-    for (int i = 0; i < ps->shard_count; i++) {
-        r->reduce_bytes += zero_reduce_bytes(&ps->zero, ps->shards[i]);
-        r->gather_bytes += zero_gather_bytes(&ps->zero, ps->shards[i]);
-    }
     r->steps = cfg->steps, r->batch_tokens = cfg->batch_tokens;
     for (int b = 0; b < BANKS; b++) {
         const Bank* bank = &ps->banks[b];
         if (bank->n == 0) continue;
         bool state = bank->adam && (bank->bf16 || cfg->bf16_state);
         int every = bank->adam ? (int)cfg->adam_every : 1;
+        r->reduce_bytes += (double)zero_reduce_bytes(&ps->zero, &bank->zero) / every;
+        r->gather_bytes += (double)zero_gather_bytes(&ps->zero, &bank->zero) / every;
         r->banks[r->bank_count++] = {bank->name, bank->copies, bank->rows, bank->cols,
                                      (int64_t)bank->owned, !bank->adam, bank->second > 0,
                                      !(bank->bf16 && bank->kind == TABLE), state, every};

@@ -404,16 +404,20 @@ static inline void params_print_owners(FILE* out, const Params* ps) {
     }
 }
 
-// What a step costs on the wire; `summed`: floats summed over ranks besides gradients.
-static inline void params_print_ranks(FILE* out, const Params* ps, int micro_steps, int summed) {
+// What a step costs on the wire; `summed`: floats summed over ranks besides gradients; Adam updates
+// every `every` steps.
+static inline void params_print_ranks(FILE* out, const Params* ps, int micro_steps, int summed,
+                                      int every) {
     const Zero* z = &ps->zero;
     if (z->world == 1) return;
-    size_t reduce = 0, gather = 0, sums, all = 0;
+    size_t reduce = 0, gather = 0, sums, all = 0, muon = 0;
     double heaviest = 0, sum = 0;
-    for (int i = 0; i < ps->shard_count; i++) {
-        const ZeroBank* bank = ps->shards[i];
+    for (int b = 0; b < ps->bank_count; b++) {
+        const ZeroBank* bank = &ps->banks[b].zero;
+        if (ps->banks[b].n == 0) continue;
         reduce += zero_reduce_bytes(z, bank);
         gather += zero_gather_bytes(z, bank);
+        if (!ps->banks[b].adam) muon += zero_reduce_bytes(z, bank) + zero_gather_bytes(z, bank);
         all += bank->unit * bank->units;
     }
     sums = zero_sum_bytes(z, summed, sizeof(float));
@@ -422,6 +426,9 @@ static inline void params_print_ranks(FILE* out, const Params* ps, int micro_ste
     fprintf(out, "  on the wire per step and rank: %zu bytes to reduce %zu gradients, %zu to "
             "gather weights, %zu for sums: %.1f MB\n", reduce, all, gather, sums,
             (reduce + gather + sums) / 1e6);
+    if (every > 1)
+        fprintf(out, "  and in the steps in which Adam waits, all but every %d: %.1f MB\n", every,
+                (muon + sums) / 1e6);
     if (!z->shard) return;
     for (int r = 0; r < z->world; r++) {
         sum += z->load[r];
