@@ -127,14 +127,15 @@ $(CUDA_O)/train_gpt2: train_gpt2.cu $(CUDA_LINK)
 GOLDEN := $(patsubst %/,%,$(sort $(dir $(wildcard test/golden/*/init.safetensors))))
 list    = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
 # What runs in every build; what a sanitizer would take too long for or finds nothing in; what does not depend on the build.
-RUNS   := $(O)/test_host $(O)/test_kernels
+# Of the kernels, the thread sanitizer gets those that have barriers or share memory.
+RUNS   := $(O)/test_host $(O)/test_kernels$(if $(filter thread,$(SAN)),$(comma)$(call list,attention loss fp8 gate normuon rmsnorm embedding ptx))
 ifeq ($(SAN),thread)     # the smallest models of each recipe: the others launch no other kernel
 RUNS   += $(O)/test_model,tiny
 else
 RUNS   += $(O)/test_model $(O)/test_golden,$(call list,$(GOLDEN)) test/cli.sh,$(O)/train_gpt2_cpu
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address bf16undefined),)
-RUNS   += $(O)/test_services $(O)/test_roofline $(if $(filter undefined,$(SAN)),,$(O)/test_tokenizer)
+RUNS   += $(O)/test_services $(O)/test_roofline $(if $(filter undefined,$(SAN)),,beside:$(O)/test_tokenizer)
 endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread bf16undefined),)
 RUNS   += $(O)/test_loader

@@ -832,7 +832,7 @@ static void test_golden_schedule(void) {
     static const int64_t STEPS[4] = { 728, 729, 2184, 2185 };
     for (int D = 64; D <= 128; D *= 2) {
         for (int change = 0; change < 4; change++) {
-            char name[32];
+            char name[64];
             float made[64];
             double worst = 0;
             snprintf(name, sizeof name, "D%d.%d.freq", D, change);
