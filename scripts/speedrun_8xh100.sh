@@ -2,9 +2,9 @@
 # The GPT-2 speedrun on one node of eight H100: checks what it needs, trains by a recipe, and prints what the
 # published record's log shows beside what ours shows. NOT YET RUN ON A GPU; --cpu has been.
 #
-#   scripts/speedrun_8xh100.sh [modern|untied|unet] [--ranks N] [--data DIR] [--cpu] [--check] [-- FLAG VALUE ...]
+#   scripts/speedrun_8xh100.sh [modern|untied|unet|sub3_20|sub3|normuon] [--ranks N] [--data DIR] [--cpu] [--check] [-- FLAG VALUE ...]
 #
-#   modern       records 5 and 6 (the default); untied: record 8; unet: record 11
+#   modern       records 5 and 6 (the default); untied: record 8; unet: 11; sub3_20: 20; sub3: 21; normuon: 45
 #   --ranks N    N GPUs, not 8: 1, 2 or 4. The same mathematics, a batch then takes 8/N micro-steps of the same size
 #   --data DIR   the folder of the token shards; data/fineweb10B if not said
 #   --cpu        a rehearsal without a GPU: train_gpt2_cpu on 2 ranks, 2 steps of 512 tokens, any shards in DIR
@@ -23,7 +23,7 @@ need_value() { [ $# -ge 2 ] || stop "$1 wants a value" "$0 --help"; }
 recipe=modern ranks="" data=data/fineweb10B cpu="" check=""
 while [ $# -gt 0 ]; do
     case "$1" in
-        modern | untied | unet) recipe=$1 ;;
+        modern | untied | unet | sub3_20 | sub3 | normuon) recipe=$1 ;;
         --ranks) need_value "$@"; ranks=$2; shift ;;
         --data) need_value "$@"; data=$(realpath -m "$2"); shift ;;
         --cpu) cpu=yes ;;
@@ -40,8 +40,9 @@ ranks=${ranks:-$([ -n "$cpu" ] && echo 2 || echo 8)}
 
 # ---- what the records' logs show -----------------------------------------------------------
 # From the logs published with modded-nanogpt, records/track_1_short: 2024-10-14_ModernArch/dabaaddd...,
-# 2024-10-17_DistributedMuon/22d24867..., 2024-11-03_UntieEmbed and 2024-11-10_UNetDoubleLr/c87bb826...; eight
-# H100 80GB SXM, PyTorch 2.4.1 or 2.5 (record 8: its time is the table's 10.8 minutes). Validation loss over the first 10,485,760 tokens of the validation shard.
+# 2024-10-17_DistributedMuon/22d24867..., 2024-11-03_UntieEmbed, 2024-11-10_UNetDoubleLr/c87bb826...,
+# 2025-01-16_Sub3Min, 2025-01-26_BatchSize (timed again on 2025-02-01) and 2025-11-18_RefineSkip; eight H100 80GB SXM,
+# PyTorch 2.4 to 2.10 (record 8: its time is the table's 10.8 minutes). Validation loss over the first 10,485,760 tokens of the validation shard.
 record_curve() {
     case $recipe in
         modern) printf '%s\n' "step record-5 record-6" "0 16.0058 16.0098" "125 4.9493 4.9669" "250 4.3294 4.3420" \
@@ -51,6 +52,12 @@ record_curve() {
         untied) printf '%s\n' "step record-8" "4578 3.2762" "seconds 648" ;;
         unet) printf '%s\n' "step record-11" "0 10.8258" "125 4.5262" "250 4.0672" "500 3.8112" "1000 3.5918" \
             "1500 3.4969" "2000 3.4357" "2500 3.3475" "3000 3.2753" "seconds 433.6" ;;
+        sub3_20) printf '%s\n' "step record-20" "0 10.8258" "125 4.4043" "250 3.9863" "500 3.6643" "750 3.5286" "1000 3.4151" \
+            "1250 3.3164" "1393 3.2785" "seconds 179.5" ;;
+        sub3) printf '%s\n' "step record-21" "0 10.8258" "125 4.6539" "250 4.1116" "500 3.7528" "750 3.6030" "1000 3.5136" \
+            "1250 3.4255" "1500 3.3425" "1750 3.2818" "1770 3.2788" "seconds 179.8" ;;
+        normuon) printf '%s\n' "step record-45" "0 10.8258" "250 4.0964" "500 3.8205" "750 3.6674" "1000 3.5911" "1250 3.5196" \
+            "1500 3.4380" "1750 3.3737" "2000 3.3195" "2225 3.2777" "seconds 134.8" ;;
     esac
 }
 columns() { awk '{ printf "   "; for (i = 1; i <= NF; i++) printf " %-10s", $i; print "" }'; }
@@ -58,6 +65,9 @@ case $recipe in      # steps, and shards of 100,000,000 tokens that hold them
     modern) steps=5100 shards=27 ;;
     untied) steps=4578 shards=25 ;;
     unet) steps=3000 shards=16 ;;
+    sub3_20) steps=1393 shards=8 ;;
+    sub3) steps=1770 shards=7 ;;
+    normuon) steps=2225 shards=9 ;;       # cuts documents: what it throws away is part of them
 esac
 
 # ---- the command ---------------------------------------------------------------------------
@@ -78,6 +88,7 @@ if [ -n "$cpu" ]; then
     program=./train_gpt2_cpu
     out=runs/rehearsal-$recipe
     flags+=(--out "$out" --steps 2 --seq-len 64 --batch-tokens 512 --micro-batch 1 --val-every 2 --val-tokens 1024)
+    case $recipe in sub3* | normuon) flags+=(--val-seq-len 64 --window-block 16 --extension-steps 0 --batching stream) ;; esac
     export HOST_THREADS="${HOST_THREADS:-1}"                # a rank is a core
     export OMPI_MCA_rmaps_base_oversubscribe=1              # or shares one
 fi

@@ -134,8 +134,11 @@ speedrun() {      # speedrun NAME ARGUMENTS...: its words into $work/NAME.txt
     local name="$1"; shift
     (cd "$work" && timeout 300 tree/scripts/speedrun_8xh100.sh "$@" > "$work/$name.txt" 2>&1)
 }
-for recipe in modern untied unet; do
-    speedrun rehearsal-$recipe $recipe --cpu --data tree/data -- "${small[@]}"; check $? "rehearsal of $recipe"
+twelve=(--heads 2 --channels 64 --vocab 320 --table-rows 0)      # the lists of these recipes name its layers
+for recipe in modern untied unet sub3_20 sub3 normuon; do
+    sizes=("${small[@]}")
+    case $recipe in sub3* | normuon) sizes=("${twelve[@]}") ;; esac
+    speedrun rehearsal-$recipe $recipe --cpu --data tree/data -- "${sizes[@]}"; check $? "rehearsal of $recipe"
     has "rehearsal of $recipe" "$work/tree/runs/rehearsal-$recipe/log.txt" '^step:2/2 val_loss:[0-9]'
     has "rehearsal of $recipe" "$work/rehearsal-$recipe.txt" '^ranks 2'
 done
