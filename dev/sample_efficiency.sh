@@ -44,7 +44,7 @@ one() {      # one NAME LR SEED: a run into OUT/NAME-LR-SEED, unless it is there
         > "$to.txt" 2>&1 || { echo "$name $lr $seed: $(grep -m1 '^train_gpt2' "$to.txt")" >&2; }
 }
 final() { sed -nE 's/^RESULT val_loss:([0-9.]+).*/\1/p' "$out/$1-$2-$3/log.txt" 2> /dev/null; }
-declare -A lrs=([adamw]="0.001 0.002 0.004 0.008" [muon]="0.0004 0.0008 0.0016 0.0032" [normuon]="0.005 0.01 0.02 0.04"
+declare -A lrs=([adamw]="0.0005 0.001 0.002 0.004 0.008" [muon]="0.0004 0.0008 0.0016 0.0032" [normuon]="0.005 0.01 0.02 0.04"
                 [unet]="0.01 0.02 0.04" [sub3]="0.0125 0.025 0.05" [record45]="0.0075 0.015 0.03")
 names=(adamw muon normuon unet sub3 record45)
 wait_for_one() { while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done; }
@@ -59,7 +59,7 @@ for name in "${names[@]}"; do
     for seed in 2 3; do wait_for_one; one "$name" "${best[$name]}" $seed & done
 done
 wait
-statistics() { awk '{ n++; s += $1; q += $1 * $1 } END { m = s / n; printf "%.4f %.4f", m, n > 1 ? sqrt((q - n * m * m) / (n - 1)) : 0 }'; }
+statistics() { awk '{ n++; s += $1; q += $1 * $1 } END { m = s / n; d = q - n * m * m; printf("%.4f %.4f", m, (n > 1 && d > 0) ? sqrt(d / (n - 1)) : 0) }'; }
 target=$(for seed in 1 2 3; do final adamw "${best[adamw]}" $seed; done | statistics | cut -d' ' -f1)
 printf '%-9s %11s  %-8s  %-15s  %-20s  %s\n' what parameters rate "final loss (sd)" "steps to $target (sd)" "losses of the choice"
 for name in "${names[@]}"; do
