@@ -242,7 +242,6 @@ typedef struct Model {
     Schedule now;                    // what holds in this step
     float frequency[64];             // of the rotation: what the tables hold
     float *cos, *sin;                // (positions, D/2)
-    bool tables_made;
     bool pending;                    // Adam's gradients of the step before are in its banks
     Memory memory;
     bf16* wire;                      // gradients on their way
@@ -575,9 +574,8 @@ static void model_at(Model* m, int64_t step) {
     m->pending = step % cfg->adam_every != 0;
     schedule_frequencies(frequency, cfg, m->D, step);
     size_t bytes = m->D / 2 * sizeof(float);
-    if (m->tables_made && memcmp(frequency, m->frequency, bytes) == 0) return;
+    if (memcmp(frequency, m->frequency, bytes) == 0) return;      // at the start it holds zeros
     memcpy(m->frequency, frequency, bytes);
-    m->tables_made = true;
     rotary_tables(m->cos, m->sin, frequency, m->T > m->val_T ? m->T : m->val_T, m->D,
                   cfg->rotary_round_bf16 != 0, m->stream);
 }

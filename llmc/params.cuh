@@ -154,6 +154,12 @@ static inline void params_deal(Params* ps) {
         ps->banks[b].owned = ps->banks[b].n ? ps->banks[b].zero.owned * ps->banks[b].zero.unit : 0;
 }
 
+// Of Muon's second moment: one row of numbers for each tensor that this rank updates.
+static inline size_t bank_second_bytes(const Bank* bank) {
+    return (size_t)(bank->kind == GATE ? bank->copies : bank->zero.owned) * bank->second *
+           sizeof(float);
+}
+
 // After the last params_add; `table_rows`: to what multiple the rows of tables are filled up.
 static inline void params_build(Params* ps, Memory* memory, int table_rows) {
     for (int i = 0; i < ps->count; i++)
@@ -171,13 +177,11 @@ static inline void params_build(Params* ps, Memory* memory, int table_rows) {
         Bank* bank = &ps->banks[b];
         if (bank->n == 0) continue;
         size_t state = bank->owned * sizeof(float);
-        size_t second = (bank->kind == GATE ? bank->copies : bank->zero.owned) *
-                        (size_t)bank->second * sizeof(float);
         bank->p = (floatX*)memory_take(memory, "weights", bank->n * sizeof(floatX));
         bank->g = (float*)memory_take(memory, "gradients", bank->n * sizeof(float));
         bank->m = (float*)memory_take(memory, bank->adam ? "Adam m" : "Muon momentum", state);
         if (bank->adam) bank->v = (float*)memory_take(memory, "Adam v", state);
-        else bank->v = (float*)memory_take(memory, "second moment", second);
+        else bank->v = (float*)memory_take(memory, "second moment", bank_second_bytes(bank));
         if (bank->has_master) bank->master = (float*)memory_take(memory, "master weights", state);
     }
 }
@@ -188,11 +192,9 @@ static inline void params_clear(Params* ps) {
         Bank* bank = &ps->banks[b];
         if (bank->n == 0) continue;
         size_t state = bank->owned * sizeof(float);
-        size_t second = (bank->kind == GATE ? bank->copies : bank->zero.owned) *
-                        (size_t)bank->second * sizeof(float);
         CUDA_CHECK(cudaMemsetAsync(bank->g, 0, bank->n * sizeof(float), ps->stream));
         if (state) CUDA_CHECK(cudaMemsetAsync(bank->m, 0, state, ps->stream));
-        if (!bank->adam) state = second;
+        if (!bank->adam) state = bank_second_bytes(bank);
         if (state) CUDA_CHECK(cudaMemsetAsync(bank->v, 0, state, ps->stream));
     }
 }
