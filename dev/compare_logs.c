@@ -886,11 +886,7 @@ static void page_write(const char* path, const Group* groups, int count, const T
     REQUIRE(memory, "out of memory: %s", strerror(errno));
     page_draw(memory, groups, count, tables, n, target);
     fclose(memory);
-    FILE* out = fopen(path, "w");
-    REQUIRE(out, "%s: cannot be created: %s", path, strerror(errno));
-    bool ok = fwrite(page, 1, bytes, out) == bytes;
-    ok = fclose(out) == 0 && ok;
-    REQUIRE(ok, "%s: cannot be written: %s", path, strerror(errno));
+    file_write(path, page, bytes);
     free(page);
     printf("%s\n", path);
 }

@@ -309,11 +309,7 @@ int main(int argc, char** argv) {
     REQUIRE(memory, "out of memory: %s", strerror(errno));
     draw(memory, runs, count, by_time, y_max, target);
     fclose(memory);
-    FILE* out = fopen(path, "w");
-    REQUIRE(out, "%s: cannot be created: %s", path, strerror(errno));
-    bool ok = fwrite(svg, 1, bytes, out) == bytes;
-    ok = fclose(out) == 0 && ok;
-    REQUIRE(ok, "%s: cannot be written: %s", path, strerror(errno));
+    file_write(path, svg, bytes);
     free(svg);
     printf("%s\n", path);
     for (int i = 0; i < count; i++) {

@@ -112,6 +112,14 @@ static inline uint64_t hash_bytes(uint64_t hash, const void* data, size_t n) {
     return hash;
 }
 
+static inline void file_write(const char* path, const void* data, size_t bytes) {
+    FILE* out = fopen(path, "w");
+    REQUIRE(out, "%s: cannot be created: %s", path, strerror(errno));
+    bool ok = fwrite(data, 1, bytes, out) == bytes;
+    ok = fclose(out) == 0 && ok;
+    REQUIRE(ok, "%s: cannot be written: %s", path, strerror(errno));
+}
+
 static inline uint64_t file_hash(const char* path) {
     unsigned char part[65536];
     uint64_t hash = HASH_START;
