@@ -35,16 +35,16 @@ HOST_FLAGS = -std=c++17 $(OPT) -g1 -fno-math-errno -fno-trapping-math -ffp-contr
              -Illmc/host -I. $(if $(COV),--coverage -fprofile-update=atomic) $(EXTRA)
 SAN_FLAGS  = $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer) $(if $(filter undefined,$(SAN)),-fno-sanitize-recover=all)
 SAN_DEFS   = $(if $(filter address,$(SAN)),-DHOST_ASAN) $(if $(filter thread,$(SAN)),-DHOST_TSAN)
-HOST_LIBS  = -ldnnl -lgomp -lpthread
+HOST_LIBS  = -ldnnl -lgomp -lz -lpthread
 CUDA_FLAGS = -std=c++17 -O3 -lineinfo -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -Werror all-warnings -I. --threads 2 $(MPI_FLAGS) $(NCCL_FLAGS)
-CUDA_LIBS  = -lcublasLt $(NCCL_LIBS)
+CUDA_LIBS  = -lcublasLt -lz $(NCCL_LIBS)
 DEFS       = -DGIT_COMMIT='"$(COMMIT)"'
 
 HOST_OBJ  := $(patsubst llmc/%.cpp,$(O)/%.o,$(wildcard llmc/host/*.cpp))
 comma     := ,
 empty     :=
 
-.PHONY: all alone test test-orders test-124m test-nvcc mutations coverage bench fuzz help clean FORCE
+.PHONY: all alone tests test test-orders test-124m test-nvcc mutations coverage bench fuzz help clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 all: train_gpt2_cpu
@@ -97,10 +97,14 @@ $(O)/%: dev/%.cu $(HOST_OBJ) $(HOST_LINK)
 $(O)/test_ranks: test/test_ranks.c $(HOST_LINK)
 	$(CXX) $(HOST_FLAGS) $(MPI_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lpthread $(MPI_LIBS) -o $@
 # Mutated input is for both sanitizers at once.
-$(O)/test_loader $(O)/test_tokenizer: SAN_FLAGS += $(if $(filter address,$(SAN)),-fsanitize=undefined -fno-sanitize-recover=undefined)
-$(O)/test_tokenizer: test/test_tokenizer.c
+$(O)/test_loader $(O)/test_tokenizer $(O)/test_checkpoint: SAN_FLAGS += $(if $(filter address,$(SAN)),-fsanitize=undefined -fno-sanitize-recover=undefined)
+$(O)/test_tokenizer $(O)/test_checkpoint: $(O)/%: test/%.c
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
+# Stands before the C library's calls on files in a program that is tested: never with a sanitizer's own.
+$(O)/faulty_files.so: test/faulty_files.c
+	@mkdir -p $(@D)
+	$(CXX) $(HOST_FLAGS) -shared -fPIC -MMD -MP -MF $@.d -x c++ $< -o $@
 $(O)/tokenize: dev/tokenize.c
 	@mkdir -p $(@D)
 	$(CXX) $(HOST_FLAGS) $(SAN_FLAGS) -MMD -MP -MF $@.d -x c++ $< -x none -lz -lpthread -o $@
@@ -140,6 +144,9 @@ endif
 ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread bf16undefined),)
 RUNS   += $(O)/test_loader
 endif
+ifneq ($(filter $(HOST_PREC)$(SAN),fp32 fp32address fp32thread),)
+RUNS   += $(O)/test_checkpoint
+endif
 ifeq ($(HOST_PREC)$(SAN),fp32)
 RUNS   += $(O)/test_oracle beside:test/download.sh,$(O)/http_server beside:test/compare_logs.sh,$(O)/compare_logs test/generate.sh,$(O)/train_gpt2_cpu
 endif
@@ -164,7 +171,9 @@ STILL      = $(if $(SAN),$(shell setarch -R true 2> /dev/null && echo setarch -R
 # Orders in which CUDA promises nothing: of threads, blocks and streams, and when asynchronous copies land.
 ORDERS    := HOST_SCHED=reverse HOST_SCHED=breadth HOST_SCHED=7 HOST_STREAMS=lazy HOST_ASYNC=early HOST_SCHED=12345,HOST_STREAMS=lazy
 
-test: $(RUN_FILES) $(TOOLS)     ## the tests of one build; scripts/test.sh runs them in every build
+# The tools first: the trainer takes longest to compile.
+tests: $(TOOLS) $(RUN_FILES)     ## compiles the tests of one build
+test: tests     ## runs them; scripts/test.sh does in every build
 	RUN_UNDER="$(STILL)" test/run.sh $(RUNS)
 alone:                   # built with NCCL=0, for test/ranks.sh
 	@$(MAKE) --no-print-directory NCCL=0 PRECISION=$(HOST_PREC) build/$(HOST_PREC)-alone/train_gpt2_cpu
@@ -189,4 +198,5 @@ help:                    ## this list
 clean:                   ## removes build/ and the programs
 	rm -rf build train_gpt2 train_gpt2_cpu
 
--include $(wildcard build/*/*.d build/*/host/*.d)
+# Of this build alone: another make may be writing those of its own.
+-include $(wildcard $(O)/*.d $(O)/host/*.d $(CUDA_O)/*.d)

@@ -293,24 +293,31 @@ static void bench_loss(int R, int V) {
 static void bench_optimizers(size_t n, Matmul* mm) {
     float *g = bench_floats(n), *m = bench_floats(n), *v = bench_floats(n);
     float* master = bench_floats(n);
-    float* partial = bench_floats(grad_norm_scratch_floats(n) + 4);
+    float *norm = bench_floats(2), *guard = bench_floats(1);    // the guard is not set
     floatX* p = bench_tensor(n);
     float* second = bench_floats(4 * 3072);
     CUDA_CHECK(cudaMemset(v, 0, n * sizeof(float)));
     CUDA_CHECK(cudaMemset(second, 0, 4 * 3072 * sizeof(float)));
+    CUDA_CHECK(cudaMemset(guard, 0, sizeof(float)));
     const char* shape = shape_text("%zu", n);
     AdamRule adam = {};
     adam.beta1 = 0.9, adam.beta2 = 0.95, adam.eps = 1e-8f;
-    for (Row r = row_begin("grad_norm", shape, NS_PER_ELEMENT, n, 4.0 * n, AIM_ELEMENT);
+    NormSegment segment = {g, n, true};
+    Norms norms;
+    void* tables = bench_alloc(norms_bytes(&segment, 1));
+    norms_init(&norms, &segment, 1, tables, stream);
+    for (Row r = row_begin("norms_measure", shape, NS_PER_ELEMENT, n, 4.0 * n, AIM_ELEMENT);
          row_again(&r);)
-        grad_norm(partial, g, n, false, partial + 4, stream);
+        norms_measure(norm, &norms, 1, stream);
+    norms_free(&norms);
     for (Row r = row_begin("adamw_update", shape, NS_PER_ELEMENT, n, (24 + 2 * X) * n, AIM_ELEMENT);
          row_again(&r);)
-        adamw_update(p, FLOATX_IS_BF16 ? master : (float*)p, g, m, v, n, 1e-4f, &adam, 1, stream);
+        adamw_update(p, FLOATX_IS_BF16 ? master : (float*)p, g, m, v, n, 1e-4f, &adam, 1, guard,
+                     stream);
     adam.bf16_grad = adam.bf16_state = adam.bf16_param = true;
     for (Row r = row_begin("adamw_update, bf16", shape, NS_PER_ELEMENT, n, (20 + 2 * X) * n, 0);
          row_again(&r);)
-        adamw_update(p, NULL, g, m, v, n, 1e-4f, &adam, 1, stream);
+        adamw_update(p, NULL, g, m, v, n, 1e-4f, &adam, 1, guard, stream);
     int shapes[2][3] = {{4, 768, 768}, {2, 3072, 768}};
     for (int i = 0; i < 2; i++) {
         int count = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
@@ -329,10 +336,12 @@ static void bench_optimizers(size_t n, Matmul* mm) {
         int place[4] = {0, 1, 2, 3};
         for (Row r = row_begin("muon_update", shape, GFLOPS, flop, 0, 0); row_again(&r);)
             muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, NULL, place, count, rows, cols,
-                        (size_t)rows * cols, scale, 1e-3f, &muon, scratch, bytes, mm, stream);
+                        (size_t)rows * cols, scale, 1e-3f, &muon, scratch, bytes, mm, guard,
+                        stream);
         for (Row r = row_begin("muon_update, normuon", shape, GFLOPS, flop, 0, 0); row_again(&r);)
             muon_update(p, FLOATX_IS_BF16 ? master : NULL, g, m, second, place, count, rows, cols,
-                        (size_t)rows * cols, scale, 1e-3f, &normuon, scratch, bytes, mm, stream);
+                        (size_t)rows * cols, scale, 1e-3f, &normuon, scratch, bytes, mm, guard,
+                        stream);
         CUDA_CHECK(cudaFree(scratch));
     }
     MuonRule gates = {};
@@ -340,8 +349,8 @@ static void bench_optimizers(size_t n, Matmul* mm) {
     gates.beta2 = 0.95f, gates.cautious_decay = 1.2f;
     for (Row r = row_begin("gate_update", "10 x 6 x 12", NS_PER_ELEMENT, 720, 20 * 720, 0);
          row_again(&r);)
-        gate_update(master, m, second, g, 10, 6, 12, 72, 1e-3f, &gates, false, stream);
-    void* all[] = {g, m, v, master, partial, p, second};
+        gate_update(master, m, second, g, 10, 6, 12, 72, 1e-3f, &gates, false, guard, stream);
+    void* all[] = {g, m, v, master, norm, guard, tables, p, second};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
 }
 
@@ -529,7 +538,7 @@ static void bench_step(const char* optimizer, int B, int T, int steps, const cha
         profile_start();
         double begin = clock_now();
         micro_step(&model, &model.host, 0);
-        StepStats stats = step_stats(&model, false);
+        StepStats stats = step_result(&model, step_measure(&model, &model.slots[0]));
         REQUIRE(stats.finite, "the loss of step %d is not finite", step + 1);
         update(&model);
         CUDA_CHECK(cudaStreamSynchronize(model.stream));

@@ -19,6 +19,7 @@ bf16_state    m and v are rounded once, as they are stored: floats that hold bf1
 bf16_param    p is rounded to bf16 as it is stored, and so is master: for tables kept in bf16
               without a master. In the fp32 build p then holds bf16 values in floats.
 alignment     pointers to 16 bytes; any n
+guard         while it is set p, master, m and v keep every bit (guard.cuh); NULL: there is none
 zero g        m = v = 0 gives 0/(0+eps): p stays (but for the decay). NaN in g is NaN in p.
 cost          28 bytes per element (bf16 with master: 30; without: 24); bound by memory
 test          test/cases_adamw.h
@@ -28,6 +29,7 @@ source        Kingma, Ba 2015, arXiv:1412.6980; Loshchilov, Hutter 2019, arXiv:1
 */
 #pragma once
 #include "device.cuh"
+#include "guard.cuh"
 
 typedef enum AdamEps { ADAM_EPS_PYTORCH, ADAM_EPS_UNSCALED } AdamEps;
 
@@ -68,8 +70,9 @@ static __device__ __forceinline__ void adamw_round(float8* x) {
 // something is rounded to bf16 besides the copy of a master.
 template <bool ROUND, bool MASTER>
 static __global__ void adamw_kernel(floatX* p, float* master, const float* g, float* m, float* v,
-                                    size_t n, AdamwStep k) {
+                                    size_t n, AdamwStep k, const float* guard) {
     size_t i = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    bool kept = guard_is_set(guard);
     if (i + 8 <= n) {
         float8 w = MASTER ? load8(master + i) : load8(p + i);
         float8 g8 = load8(g + i), m8 = load8(m + i), v8 = load8(v + i);
@@ -77,6 +80,7 @@ static __global__ void adamw_kernel(floatX* p, float* master, const float* g, fl
         for (int j = 0; j < 8; j++) adamw_element(&w.v[j], &m8.v[j], &v8.v[j], g8.v[j], k);
         if (ROUND && k.bf16_param) adamw_round(&w);
         if (ROUND && k.bf16_state) adamw_round(&m8), adamw_round(&v8);
+        if (kept) return;
         store8(m + i, m8);
         store8(v + i, v8);
         if (MASTER) store8(master + i, w);
@@ -89,6 +93,7 @@ static __global__ void adamw_kernel(floatX* p, float* master, const float* g, fl
         adamw_element(&w, &m1, &v1, g1, k);
         if (ROUND && k.bf16_param) w = round_bf16(w);
         if (ROUND && k.bf16_state) m1 = round_bf16(m1), v1 = round_bf16(v1);
+        if (kept) return;
         m[i] = m1;
         v[i] = v1;
         if (MASTER) master[i] = w;
@@ -100,7 +105,7 @@ static __global__ void adamw_kernel(floatX* p, float* master, const float* g, fl
 
 static inline void adamw_update(floatX* p, float* master, const float* g, float* m, float* v,
                                 size_t n, float lr, const AdamRule* rule, int step,
-                                cudaStream_t stream) {
+                                const float* guard, cudaStream_t stream) {
     REQUIRE(n > 0 && step >= 1, "adamw: n=%zu step=%d, both must be positive", n, step);
     REQUIRE(master || rule->bf16_param || !FLOATX_IS_BF16,
             "adamw: bf16 parameters without a master copy need bf16_param");
@@ -124,12 +129,12 @@ static inline void adamw_update(floatX* p, float* master, const float* g, float*
     k.bf16_param = rule->bf16_param;
     dim3 grid((unsigned)ceil_div(n, 8 * 256)), block(256);
     if (round && has_master) {
-        launch<adamw_kernel<true, true>>(grid, block, 0, stream, p, master, g, m, v, n, k);
+        launch<adamw_kernel<true, true>>(grid, block, 0, stream, p, master, g, m, v, n, k, guard);
     } else if (round) {
-        launch<adamw_kernel<true, false>>(grid, block, 0, stream, p, master, g, m, v, n, k);
+        launch<adamw_kernel<true, false>>(grid, block, 0, stream, p, master, g, m, v, n, k, guard);
     } else if (has_master) {
-        launch<adamw_kernel<false, true>>(grid, block, 0, stream, p, master, g, m, v, n, k);
+        launch<adamw_kernel<false, true>>(grid, block, 0, stream, p, master, g, m, v, n, k, guard);
     } else {
-        launch<adamw_kernel<false, false>>(grid, block, 0, stream, p, master, g, m, v, n, k);
+        launch<adamw_kernel<false, false>>(grid, block, 0, stream, p, master, g, m, v, n, k, guard);
     }
 }

@@ -30,6 +30,10 @@ static const char* program_name = "train_gpt2";
 
 // ---- stopping ------------------------------------------------------------------------------
 
+// Of the trainer. 75 asks to be started again: a signal came, and a checkpoint is there.
+enum { STATUS_DONE = 0, STATUS_ERROR = 1, STATUS_NOT_FINITE = 2, STATUS_AGAIN = 75,
+       STATUS_AT_ONCE = 130 };
+
 // Where several ranks run llmc/ranks.h puts a function here: it sees to it that the message is
 // printed once, that every rank ends, and does not return.
 static void (*die_ranks)(const char* text);

@@ -46,6 +46,10 @@ test        test/test_services.c: flags
 #define LOSS_WORDS(W)       W(FLAG_LOSS_MEAN, "mean") W(FLAG_LOSS_ROW_SUM, "row-sum")
 #define ADAM_EPS_WORDS(W) \
     W(FLAG_ADAM_EPS_PYTORCH, "pytorch") W(FLAG_ADAM_EPS_UNSCALED, "unscaled")
+#define SAVE_ERROR_WORDS(W) W(FLAG_SAVE_ERROR_GO, "go") W(FLAG_SAVE_ERROR_STOP, "stop")
+#define NONFINITE_WORDS(W) \
+    W(FLAG_NONFINITE_STOP, "stop") W(FLAG_NONFINITE_SKIP, "skip") \
+    W(FLAG_NONFINITE_ROLLBACK, "rollback")
 
 #define FLAG_CONSTANT(constant, word) constant,
 #define FLAG_WORD(constant, word)     "|" word
@@ -63,6 +67,8 @@ enum { WINDOWS_WORDS(FLAG_CONSTANT) };
 enum { WINDOW_BY_WORDS(FLAG_CONSTANT) };
 enum { LOSS_WORDS(FLAG_CONSTANT) };
 enum { ADAM_EPS_WORDS(FLAG_CONSTANT) };
+enum { SAVE_ERROR_WORDS(FLAG_CONSTANT) };
+enum { NONFINITE_WORDS(FLAG_CONSTANT) };
 
 // ---- the list ------------------------------------------------------------------------------
 
@@ -82,10 +88,11 @@ enum { ADAM_EPS_WORDS(FLAG_CONSTANT) };
       "sequences per rank and micro-step (B); memory, not the result, depends on it") \
     F(INT, seed, 1, 0, 9007199254740991, "", "of the initial parameters and the samples") \
     F(TEXT, load, "", 0, 0, "", \
-      "parameters to start from (safetensors); without --train: sample from them") \
-    F(TEXT, out, "run", 0, 0, "", "directory of log.txt, log.jsonl and saved parameters") \
-    F(INT, save_every, 0, 0, 1e9, "steps", \
-      "steps between saved parameters; 0: at the end alone") \
+      "parameters to start from: a safetensors file or a checkpoint; without --train: sample") \
+    F(TEXT, out, "run", 0, 0, "", "directory of the run: logs, checkpoints, parameters at the end") \
+    F(CHOICE, on_nonfinite, FLAG_NONFINITE_STOP, NONFINITE_WORDS, 0, "", \
+      "after a loss, gradient or weight that is not finite, none of which is ever applied: end, " \
+      "leave out the step, or go back to the last checkpoint and on behind the step's data") \
     F(SWITCH, dry_run, 0, 0, 1, "", "say what would be done, then stop") \
     F(TEXT, gpu, "", 0, 0, "", \
       "with --dry-run: also the least time of a step on this GPU (h100)") \
@@ -93,6 +100,16 @@ enum { ADAM_EPS_WORDS(FLAG_CONSTANT) };
       "file for what ran when on which stream (Chrome's trace format)") \
     F(INT, trace_steps, 3, 1, 1e6, "steps", "steps in it, from the first on") \
     F(SWITCH, help, 0, 0, 1, "", "show this list") \
+    \
+    F(GROUP, saving, 0, 0, 0, "", "checkpoints") \
+    F(INT, checkpoint_every, 500, 0, 1e9, "steps", \
+      "steps between checkpoints; 0: only where a signal stops the run") \
+    F(INT, keep, 2, 1, 1e6, "", "how many are kept, the newest") \
+    F(INT, keep_every, 0, 0, 1e9, "steps", "those of every so many steps are kept as well; 0: none") \
+    F(TEXT, resume, "", 0, 0, "", \
+      "auto: go on from the newest valid one in --out, if there is one; or the directory of one") \
+    F(CHOICE, on_save_error, FLAG_SAVE_ERROR_GO, SAVE_ERROR_WORDS, 0, "", \
+      "where a checkpoint or the log cannot be written training goes on, or stops") \
     \
     F(GROUP, between, 0, 0, 0, "", "ranks") \
     F(INT, ranks, 0, 0, 65536, "ranks", \
@@ -481,6 +498,22 @@ static inline void recipe_path(char* path, size_t size, const char* name) {
         name, path, program, path);
 }
 
+// The text of that file, to be freed; "" without a recipe.
+static inline char* recipe_text(const char* name) {
+    char path[2 * TEXT_SIZE], *text = NULL;
+    size_t room = 0;
+    if (!*name) return (char*)host_alloc(1, 1);
+    recipe_path(path, sizeof path, name);
+    FILE* file = fopen(path, "r");
+    REQUIRE(file, "--recipe: cannot open %s: %s", path, strerror(errno));
+    if (getdelim(&text, &room, 0, file) < 0) {
+        free(text);
+        text = (char*)host_alloc(1, 1);
+    }
+    fclose(file);
+    return text;
+}
+
 // Sets in s what the file says, and marks it in given[].
 static inline void recipe_read(Settings* s, bool* given, const char* path) {
     FILE* file = fopen(path, "r");
@@ -522,6 +555,38 @@ static inline void recipe_read(Settings* s, bool* given, const char* path) {
     }
     REQUIRE(!ferror(file), "--recipe: cannot read %s: %s", path, strerror(errno));
     fclose(file);
+}
+
+// ---- what a flag has a say in --------------------------------------------------------------
+
+static inline bool flag_among(const Flag* f, const char* const* groups, size_t group_count,
+                              const char* const* more, size_t more_count) {
+    const Flag* group = f;
+    while (group->kind != FLAG_GROUP) group--;
+    for (size_t i = 0; i < group_count; i++)
+        if (strcmp(group->name, groups[i]) == 0) return true;
+    for (size_t i = 0; i < more_count; i++)
+        if (strcmp(f->name, more[i]) == 0) return true;
+    return false;
+}
+
+// Whether a flag belongs to the model: its groups, and what a token and a step are to it.
+static inline bool flag_of_model(const Flag* f) {
+    static const char* const GROUPS[] = { "model", "masks" };
+    static const char* const MORE[] = { "seq_len", "steps", "extension_steps", "end_of_text",
+                                        "tokenizer" };
+    return flag_among(f, GROUPS, 2, MORE, 5);
+}
+
+// Whether another value makes another run of it: what is learned, from which tokens, in what order
+// and precision. A run is not resumed under another one. Not among them is what only divides the
+// same sums (--micro-batch, --zero, ranks), looks on (validation, samples) or names files.
+static inline bool flag_alters_maths(const Flag* f) {
+    static const char* const GROUPS[] = { "model", "masks", "optimizer" };
+    static const char* const MORE[] = { "seq_len", "steps", "extension_steps", "batch_tokens",
+                                        "seed", "grad_reduce", "batching", "data_ranks",
+                                        "max_document", "end_of_text" };
+    return flag_among(f, GROUPS, 3, MORE, 10);
 }
 
 // ---- the command line ----------------------------------------------------------------------
@@ -808,6 +873,9 @@ static inline void settings_check(const Settings* s, int world) {
     REQUIRE(!*s->prompt || s->sample_tokens > 0,
             "--prompt is what a sample goes on from, and --sample-tokens is 0\n"
             "say how long it should be");
+    REQUIRE(s->on_nonfinite != FLAG_NONFINITE_ROLLBACK || s->checkpoint_every > 0,
+            "--on-nonfinite rollback goes back to a checkpoint, and --checkpoint-every is 0\n"
+            "say every how many steps there should be one");
     bool sample_only = *s->load && !*s->train;
     REQUIRE(s->dry_run || !sample_only || s->sample_tokens > 0,
             "--load without --train prints a sample, and --sample-tokens is 0\n"

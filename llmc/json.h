@@ -8,7 +8,7 @@ A function that returns false has filled `error` with what was found and what wa
 `at` where that is: the caller names the file, and dies or goes on. Strings are written over their
 own source, without escapes, so that nothing is allocated. Writing JSON: llmc/common.h.
 
-test        test/test_tokenizer.c: vocabulary, tokenize, fuzz
+test        test/test_tokenizer.c: vocabulary, tokenize, fuzz; test/test_services.c: safetensors
 */
 #pragma once
 #include "common.h"
@@ -174,6 +174,60 @@ static inline bool json_read_number(JsonReader* j) {
     }
     j->at = at;
     return true;
+}
+
+// A whole number that an int64_t holds: no point, no exponent.
+static inline bool json_read_whole(JsonReader* j, int64_t* v) {
+    json_read_space(j);
+    size_t from = j->at, at = from;
+    bool negative = at < j->n && j->text[at] == '-';
+    at += negative;
+    size_t digits = json_digits(j, at);
+    int next = at + digits < j->n ? j->text[at + digits] : 0;
+    if (digits == 0 || (digits > 1 && j->text[at] == '0') || next == '.' || (next | 0x20) == 'e')
+        return json_fail(j, from, "a whole number");
+    *v = 0;
+    for (size_t i = 0; i < digits; i++) {
+        int digit = j->text[at + i] - '0';
+        if (*v > (INT64_MAX - digit) / 10) return json_fail(j, from, "a number below 2^63");
+        *v = 10 * *v + digit;
+    }
+    if (negative) *v = -*v;
+    j->at = at + digits;
+    return true;
+}
+
+// A number, or null: json_real writes what is not finite so.
+static inline bool json_read_real(JsonReader* j, double* v) {
+    char number[64];
+    json_read_space(j);
+    size_t from = j->at;
+    if (j->n - from >= 4 && memcmp(j->text + from, "null", 4) == 0) {
+        *v = NAN;
+        j->at += 4;
+        return true;
+    }
+    if (from == j->n || !json_read_number(j)) return json_fail(j, from, "a number or null");
+    if (j->at - from >= sizeof number) return json_fail(j, from, "a number of fewer digits");
+    memcpy(number, j->text + from, j->at - from);
+    number[j->at - from] = 0;
+    *v = strtod(number, NULL);
+    if (*v - *v != 0) return json_fail(j, from, "a number that a double holds");
+    return true;
+}
+
+// After the opening bracket of an object or a list, `count` of whose members have been read: 1:
+// another one follows, 0: it has been closed, -1: neither.
+static inline int json_more(JsonReader* j, char close, int count) {
+    json_read_space(j);
+    int c = j->at < j->n ? j->text[j->at] : 0;
+    if (c == close) {
+        j->at++;
+        return 0;
+    }
+    if (count == 0) return 1;
+    if (!json_read_byte(j, ',', close == '}' ? "',' or '}'" : "',' or ']'")) return -1;
+    return 1;
 }
 
 // Any value, which is read and forgotten. 100 levels: a stack has an end, and text no such depth.

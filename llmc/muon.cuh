@@ -49,6 +49,8 @@ same bits   Sums have a fixed order and nothing here depends on what else is in 
             not depend on how many are multiplied at once: the host's does not, cuBLASLt may choose
             its kernel by that number.
 NaN         one NaN in g makes the whole matrix NaN
+guard       while it is set p, master, m and second keep every bit (guard.cuh), and the products run
+            all the same; NULL: there is none
 cost        15 matrix products: 2 steps k² (2 max(rows,cols) + k) FLOP per matrix, 13.6 GFLOP at
             768x768. Besides, bytes per element (bf16 with master): momentum 14, norm 4, step 12 =
             30; the second moment reads O once more: 32. Its own state is a row of the matrix.
@@ -66,6 +68,7 @@ source      Jordan et al. 2024, kellerjordan.github.io/posts/muon; Amsel et al. 
 */
 #pragma once
 #include "device.cuh"
+#include "guard.cuh"
 #include "matmul.cuh"
 
 typedef enum MuonForm { MUON_FORM_SUM, MUON_FORM_LERP, MUON_FORM_NONE /* u = g */ } MuonForm;
@@ -214,8 +217,10 @@ static __device__ __forceinline__ float momentum_ahead(MuonForm form, float m, f
 // m and u, the latter into x, and the block's share of |u|².
 template <MuonForm FORM>
 static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial, const float* g,
-                                            size_t n, size_t stride, float mu, MuonSlice slice) {
+                                            size_t n, size_t stride, float mu, MuonSlice slice,
+                                            const float* guard) {
     DYN_SMEM(float, scratch);
+    bool kept = guard_is_set(guard);
     x += blockIdx.y * n;
     if (FORM != MUON_FORM_NONE) m += blockIdx.y * stride;
     g += slice.offset[blockIdx.y];
@@ -231,7 +236,7 @@ static __global__ void muon_momentum_kernel(floatX* x, float* m, float* partial,
                 m8.v[j] = momentum_next(FORM, m8.v[j], u.v[j], mu);
                 u.v[j] = momentum_ahead(FORM, m8.v[j], u.v[j], mu);
             }
-            store8(m + i, m8);
+            if (!kept) store8(m + i, m8);
         }
         for (int j = 0; j < 8; j++) u.v[j] = muon_round(u.v[j]);
         for (int j = 0; j < 8; j++) squares.v[j] += u.v[j] * u.v[j];
@@ -337,8 +342,9 @@ static __global__ void second_rows_kernel(float* sums, float* partial, const flo
 static __global__ void second_moment_kernel(float* factor, float* ratio, float* second,
                                             const float* sums, const float* partial, int lines,
                                             int lines8, int tiles, int blocks, int length,
-                                            float grow) {
+                                            float grow, const float* guard) {
     DYN_SMEM(float, scratch);
+    bool kept = guard_is_set(guard);
     int matrix = blockIdx.y;
     second += (size_t)matrix * lines;
     sums += (size_t)matrix * tiles * lines;
@@ -348,7 +354,7 @@ static __global__ void second_moment_kernel(float* factor, float* ratio, float* 
         for (int t = 0; t < tiles; t++) sum += sums[(size_t)t * lines + line];
         float v = second[line];
         v += grow * (muon_round(sum / length) - v);
-        second[line] = v;
+        if (!kept) second[line] = v;
         float f = 1.0f / sqrtf(max_nan(v, SECOND_MIN));
         factor[matrix * lines8 + line] = f;
         after += f * f * sum;
@@ -365,9 +371,10 @@ template <bool MASTER, bool SECOND>
 static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* o,
                                         const float* factor, const float* ratio, size_t n, int cols,
                                         int lines8, bool by_row, float decay, size_t stride,
-                                        MuonSlice slice) {
+                                        MuonSlice slice, const float* guard) {
     size_t i = 8 * ((size_t)blockIdx.x * MUON_THREADS + threadIdx.x);
     if (i >= n) return;
+    bool kept = guard_is_set(guard);
     p += slice.offset[blockIdx.y];
     if (MASTER) master += blockIdx.y * stride;
     float step = slice.step[blockIdx.y];
@@ -393,6 +400,7 @@ static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* 
         if (d.v[j] * w.v[j] >= 0.0f) d.v[j] = muon_round(d.v[j] + decay * w.v[j]);
     }
     for (int j = 0; j < 8; j++) w.v[j] -= step * d.v[j];
+    if (kept) return;
     if (MASTER) store8(master + i, w);
     store8(p + i, w);
 }
@@ -403,19 +411,22 @@ static __global__ void muon_step_kernel(floatX* p, float* master, const floatX* 
 static inline void muon_direction(const MuonScratch* s, float* m, const float* g,
                                   const MuonSlice* slice, int count, size_t n, size_t stride,
                                   float mu, MuonForm form, const MuonSeries* series,
-                                  cudaStream_t stream) {
+                                  const float* guard, cudaStream_t stream) {
     int blocks = (int)ceil_div(n, MUON_BLOCK_ELEMENTS);
     dim3 grid(blocks, count), block(MUON_THREADS);
     size_t smem_bytes = 32 * sizeof(float);
     if (form == MUON_FORM_SUM) {
         launch<muon_momentum_kernel<MUON_FORM_SUM>>(grid, block, smem_bytes, stream, s->x, m,
-                                                    s->partial, g, n, stride, mu, *slice);
+                                                    s->partial, g, n, stride, mu, *slice,
+                                                    guard);
     } else if (form == MUON_FORM_LERP) {
         launch<muon_momentum_kernel<MUON_FORM_LERP>>(grid, block, smem_bytes, stream, s->x, m,
-                                                     s->partial, g, n, stride, mu, *slice);
+                                                     s->partial, g, n, stride, mu, *slice,
+                                                     guard);
     } else {
         launch<muon_momentum_kernel<MUON_FORM_NONE>>(grid, block, smem_bytes, stream, s->x, m,
-                                                     s->partial, g, n, stride, mu, *slice);
+                                                     s->partial, g, n, stride, mu, *slice,
+                                                     guard);
     }
     launch<muon_norm_kernel>(dim3(1, count), block, smem_bytes, stream, s->inverse,
                              (const float*)s->partial, blocks, series->margin, series->eps);
@@ -450,7 +461,8 @@ static inline floatX* muon_iterate(const MuonScratch* s, int count, int rows, in
 
 // v of `count` matrices, and s->factor and s->inverse by which the step multiplies their o.
 static inline void muon_second(const MuonScratch* s, float* second, const floatX* o, int count,
-                               int rows, int cols, const MuonRule* rule, cudaStream_t stream) {
+                               int rows, int cols, const MuonRule* rule, const float* guard,
+                               cudaStream_t stream) {
     bool chunks = cols % 8 == 0, by_row = rule->second_by_row;
     int blocks = (int)second_blocks(rows, cols, by_row);
     dim3 grid(blocks, count), block(MUON_THREADS);
@@ -472,7 +484,7 @@ static inline void muon_second(const MuonScratch* s, float* second, const floatX
     launch<second_moment_kernel>(dim3(1, count), dim3(SECOND_THREADS), sum_bytes, stream, s->factor,
                                  s->inverse, second, (const float*)s->sums,
                                  (const float*)s->partial, s->lines, s->lines8, s->tiles, blocks,
-                                 by_row ? cols : rows, 1.0f - rule->beta2);
+                                 by_row ? cols : rows, 1.0f - rule->beta2, guard);
 }
 
 static inline MuonScratch muon_begin(void* scratch, size_t scratch_bytes, int count, int rows,
@@ -501,7 +513,8 @@ static inline void newton_schulz(floatX* o, const float* g, int count, int rows,
         int matrices = count - first < s.slice ? count - first : s.slice;
         MuonSlice slice = {};
         for (int i = 0; i < matrices; i++) slice.offset[i] = (first + i) * n;
-        muon_direction(&s, NULL, g, &slice, matrices, n, n, 0.0f, MUON_FORM_NONE, &series, stream);
+        muon_direction(&s, NULL, g, &slice, matrices, n, n, 0.0f, MUON_FORM_NONE, &series, NULL,
+                       stream);
         const floatX* result = muon_iterate(&s, matrices, rows, cols, rule->steps, &series, mm,
                                             stream);
         CUDA_CHECK(cudaMemcpyAsync(o + first * n, result, matrices * n * sizeof(floatX),
@@ -513,7 +526,8 @@ static inline void newton_schulz(floatX* o, const float* g, int count, int rows,
 static inline void muon_update(floatX* p, float* master, const float* g, float* m, float* second,
                                const int* place, int count, int rows, int cols, size_t stride,
                                const float* scale, float lr, const MuonRule* rule, void* scratch,
-                               size_t scratch_bytes, Matmul* mm, cudaStream_t stream) {
+                               size_t scratch_bytes, Matmul* mm, const float* guard,
+                               cudaStream_t stream) {
     MuonScratch s = muon_begin(scratch, scratch_bytes, count, rows, cols, rule);
     MuonSeries series = muon_series(rule->polar);
     size_t n = (size_t)rows * cols;
@@ -536,11 +550,11 @@ static inline void muon_update(floatX* p, float* master, const float* g, float* 
             slice.step[i] = lr * scale[first + i];
         }
         muon_direction(&s, m + first * stride, g, &slice, matrices, n, stride, rule->momentum,
-                       rule->form, &series, stream);
+                       rule->form, &series, guard, stream);
         const floatX* o = muon_iterate(&s, matrices, rows, cols, rule->steps, &series, mm, stream);
         if (second) {
             muon_second(&s, second + (size_t)first * s.lines, o, matrices, rows, cols, rule,
-                        stream);
+                        guard, stream);
         }
         dim3 grid((unsigned)ceil_div(n, 8 * MUON_THREADS), matrices), block(MUON_THREADS);
         float* own = master ? master + first * stride : NULL;
@@ -549,19 +563,19 @@ static inline void muon_update(floatX* p, float* master, const float* g, float* 
         if (master && second) {
             launch<muon_step_kernel<true, true>>(grid, block, 0, stream, p, own, o, factor, ratio,
                                                  n, cols, s.lines8, rule->second_by_row, decay,
-                                                 stride, slice);
+                                                 stride, slice, guard);
         } else if (master) {
             launch<muon_step_kernel<true, false>>(grid, block, 0, stream, p, own, o, factor, ratio,
                                                   n, cols, s.lines8, rule->second_by_row, decay,
-                                                  stride, slice);
+                                                  stride, slice, guard);
         } else if (second) {
             launch<muon_step_kernel<false, true>>(grid, block, 0, stream, p, own, o, factor, ratio,
                                                   n, cols, s.lines8, rule->second_by_row, decay,
-                                                  stride, slice);
+                                                  stride, slice, guard);
         } else {
             launch<muon_step_kernel<false, false>>(grid, block, 0, stream, p, own, o, factor, ratio,
                                                    n, cols, s.lines8, rule->second_by_row, decay,
-                                                   stride, slice);
+                                                   stride, slice, guard);
         }
     }
 }
@@ -572,8 +586,10 @@ static inline void muon_update(floatX* p, float* master, const float* g, float* 
 // bf16_state: everything that is stored.
 static __global__ void gate_update_kernel(float* p, float* m, float* second, const float* g,
                                           int rows, int cols, size_t stride, float lr, float decay,
-                                          bool bf16_state, MuonRule rule, MuonSeries series) {
+                                          bool bf16_state, MuonRule rule, MuonSeries series,
+                                          const float* guard) {
     DYN_SMEM(float, x);
+    bool kept = guard_is_set(guard);
     bool tall = rows > cols, by_row = rule.second_by_row, bf16 = FLOATX_IS_BF16 || bf16_state;
     int n = rows * cols, k = tall ? cols : rows, depth = tall ? rows : cols;
     float *y = x + n, *a = y + n, *b = a + k * k, *scratch = b + k * k;
@@ -586,7 +602,7 @@ static __global__ void gate_update_kernel(float* p, float* m, float* second, con
         if (rule.form != MUON_FORM_NONE) {
             float m1 = momentum_next(rule.form, m[i], u, rule.momentum);
             if (bf16_state) m1 = round_bf16(m1);
-            m[i] = m1;
+            if (!kept) m[i] = m1;
             u = momentum_ahead(rule.form, m1, u, rule.momentum);
         }
         if (bf16) u = round_bf16(u);
@@ -647,7 +663,7 @@ static __global__ void gate_update_kernel(float* p, float* m, float* second, con
             float v = second[line];
             v += (1.0f - rule.beta2) * (mean - v);
             if (bf16_state) v = round_bf16(v);
-            second[line] = v;
+            if (!kept) second[line] = v;
             float f = 1.0f / sqrtf(max_nan(v, SECOND_MIN));
             if (bf16_state) f = round_bf16(f);
             for (int e = 0; e < length; e++) {
@@ -665,7 +681,7 @@ static __global__ void gate_update_kernel(float* p, float* m, float* second, con
         for (int i = threadIdx.x; i < n; i += MUON_THREADS)
             x[i] = bf16 ? round_bf16(x[i] * ratio) : x[i] * ratio;
     }
-    for (int i = threadIdx.x; i < n; i += MUON_THREADS) {
+    for (int i = threadIdx.x; i < n && !kept; i += MUON_THREADS) {
         float w = p[i], o = x[i];
         if (decay != 0.0f && o * w >= 0.0f) {
             o += decay * w;
@@ -679,7 +695,7 @@ static __global__ void gate_update_kernel(float* p, float* m, float* second, con
 // p and m: matrix i at i * stride; second: (count, rows or cols), NULL without β2.
 static inline void gate_update(float* p, float* m, float* second, const float* g, int count,
                                int rows, int cols, size_t stride, float lr, const MuonRule* rule,
-                               bool bf16_state, cudaStream_t stream) {
+                               bool bf16_state, const float* guard, cudaStream_t stream) {
     REQUIRE(count > 0 && rows > 0 && rows <= GATE_MOST && cols > 0 && cols <= GATE_MOST,
             "gate_update: %d matrices of %d x %d, at most %d rows and columns fit", count, rows,
             cols, GATE_MOST);
@@ -693,5 +709,5 @@ static inline void gate_update(float* p, float* m, float* second, const float* g
     size_t smem_bytes = (2 * (size_t)rows * cols + 2 * (size_t)k * k + 32) * sizeof(float);
     float decay = rule->cautious_decay * lr;
     launch<gate_update_kernel>(dim3(count), dim3(MUON_THREADS), smem_bytes, stream, p, m, second, g,
-                               rows, cols, stride, lr, decay, bf16_state, *rule, series);
+                               rows, cols, stride, lr, decay, bf16_state, *rule, series, guard);
 }

@@ -56,6 +56,14 @@ typedef struct Tensor {
     bool transposed;        // lies in memory as (cols, rows)
 } Tensor;
 
+// What of a tensor this rank owns: all of it, or a run of a table.
+typedef struct Piece {
+    int tensor;
+    int place;              // of the unit it lies in, among those that this rank owns
+    size_t at, own;         // its first element in p and g, and in master, m and (Adam's) v
+    size_t offset, count;   // which elements of the tensor, as it lies in memory
+} Piece;
+
 typedef struct Params {
     Bank banks[MAX_BANKS];
     int bank_count;
@@ -199,6 +207,22 @@ static inline void params_clear(Params* ps) {
     }
 }
 
+// pieces: room for MAX_TENSORS. A share of a table is one run, so no tensor has two pieces.
+static inline int params_pieces(Params* ps, Piece* pieces) {
+    int n = 0;
+    for (int i = 0; i < ps->count; i++) {
+        const ZeroBank* zero = &bank_of(ps, i)->zero;
+        size_t first = tensor_offset(ps, i), last = first + tensor_elements(ps, i);
+        for (int k = 0; k < zero->owned; k++) {
+            size_t begin = zero->own[k] * zero->unit, end = begin + zero->unit;
+            size_t from = begin > first ? begin : first, to = end < last ? end : last;
+            if (from >= to) continue;
+            pieces[n++] = {i, k, from, k * zero->unit + (from - begin), from - first, to - from};
+        }
+    }
+    return n;
+}
+
 static inline void params_free(Params* ps) {
     for (int b = 0; b < ps->bank_count; b++) zero_bank_free(&ps->banks[b].zero);
 }
@@ -284,7 +308,8 @@ static inline void params_unstash(Params* ps) {
 
 // ---- one tensor --------------------------------------------------------------------------------
 
-static inline void tensor_transpose(float* out, const float* in, int rows, int cols) {
+template <typename T>
+static inline void tensor_transpose(T* out, const T* in, int rows, int cols) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++) out[(size_t)c * rows + r] = in[(size_t)r * cols + c];
 }
@@ -375,9 +400,16 @@ static inline void params_load(Params* ps, const char* path) {
                 ", %" PRId64 ")",
                 path, name, t->shape[0], t->dims > 1 ? t->shape[1] : 1, shape[0],
                 dims > 1 ? shape[1] : 1);
-        size_t n = tensor_elements(ps, i);
-        const void* data = safetensors_data(&file, name, SAFE_F32, (int64_t)n);
-        tensor_write(ps, (const float*)data, i);
+        int64_t n = (int64_t)tensor_elements(ps, i);
+        if (t->type != SAFE_BF16) {
+            tensor_write(ps, (const float*)safetensors_data(&file, name, SAFE_F32, n), i);
+            continue;
+        }
+        const uint16_t* half = (const uint16_t*)t->data;      // of a checkpoint
+        uint32_t* whole = (uint32_t*)host_alloc((size_t)n, sizeof(float));
+        for (int64_t k = 0; k < n; k++) whole[k] = (uint32_t)half[k] << 16;
+        tensor_write(ps, (const float*)whole, i);
+        free(whole);
     }
     safetensors_close(&file);
 }

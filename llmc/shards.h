@@ -230,13 +230,11 @@ static inline bool shards_search(Shards* s, int64_t* found, int i, int64_t from,
     return true;
 }
 
-// What ranks that train together must agree on, as "name = value" lines.
-static inline void shards_text(char* text, size_t size, const Shards* train, const Shards* val) {
+// What ranks that train together must agree on, and a run with its checkpoint, as "name = value"
+// lines; `what` they are for.
+static inline void shards_text(char* text, size_t size, const char* what, const Shards* s) {
     snprintf(text, size,
-             "number of training shards = %d\nnumber of training tokens = %" PRId64
-             "\nnames and sizes of the training shards = %016" PRIx64
-             "\nnumber of validation tokens = %" PRId64
-             "\nnames and sizes of the validation shards = %016" PRIx64 "\n",
-             train->count, shards_total(train), shards_hash(train), shards_total(val),
-             shards_hash(val));
+             "number of %s shards = %d\nnumber of %s tokens = %" PRId64
+             "\nnames and sizes of the %s shards = %016" PRIx64 "\n",
+             what, s->count, what, shards_total(s), what, shards_hash(s));
 }

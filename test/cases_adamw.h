@@ -25,6 +25,33 @@ static AdamRule test_adam_rule(double beta1, double beta2, float eps, float wd) 
 
 // ---- one step -------------------------------------------------------------------------------
 
+// Where the guard is set no bit changes, not even by a NaN; where it is clear, all is as without
+// one. Everything is as it was afterwards.
+static void test_adamw_guard(floatX* p, float* master, float* g, float* m, float* v, size_t n,
+                             const AdamRule* rule, int step) {
+    double values[2] = {0, 1};
+    float *guard = test_upload_float(values, 2), nan = NAN;
+    TestBits before = {}, after = {}, gradients = {};
+    void* of[4] = {p, master, m, v};
+    for (int k = 0; k < 4; k++) test_bits_add(&before, of[k], n * (k ? sizeof(float) : sizeof *p));
+    test_bits_add(&gradients, g, n * sizeof *g);
+    for (int spoilt = 0; spoilt < 2; spoilt++) {
+        if (spoilt) CUDA_CHECK(cudaMemcpy(g + n - 1, &nan, sizeof nan, cudaMemcpyHostToDevice));
+        adamw_update(p, master, g, m, v, n, 0.01f, rule, step, guard + 1, 0);
+        test_true("adamw where the guard is set", test_bits_same(&before));
+    }
+    test_bits_restore(&gradients);
+    adamw_update(p, master, g, m, v, n, 0.01f, rule, step, guard, 0);
+    test_true("adamw where the guard is clear", !test_bits_same(&before));
+    for (int k = 0; k < 4; k++) test_bits_add(&after, of[k], n * (k ? sizeof(float) : sizeof *p));
+    test_bits_restore(&before);
+    adamw_update(p, master, g, m, v, n, 0.01f, rule, step, NULL, 0);
+    test_true("adamw without a guard is as with a clear one", test_bits_same(&after));
+    test_bits_restore(&before);
+    test_bits_free(&before), test_bits_free(&after), test_bits_free(&gradients);
+    cudaFree(guard);
+}
+
 // One step from given states; every element against its own bound.
 static void test_adamw_case(size_t n, bool use_master, const AdamRule* rule, int step) {
     const double u = 0x1p-24, lr = (float)0.01, b1 = rule->beta1, b2 = rule->beta2,
@@ -54,7 +81,8 @@ static void test_adamw_case(size_t n, bool use_master, const AdamRule* rule, int
         test_put(p_d, junk, n);
         free(junk);
     }
-    adamw_update(p_d, master_d, g_d, m_d, v_d, n, lr, rule, step, 0);
+    test_adamw_guard(p_d, master_d, g_d, m_d, v_d, n, rule, step);
+    adamw_update(p_d, master_d, g_d, m_d, v_d, n, lr, rule, step, NULL, 0);
     float *got_p = test_download(p_d, n), *got_m = test_download_float(m_d, n);
     float *got_v = test_download_float(v_d, n),
           *got_w = use_master ? test_download_float(master_d, n) : NULL;
@@ -111,7 +139,7 @@ static void test_adamw_nan(void) {
     float *w_d = test_upload_float(p, n), *g_d = test_upload_float(g, n);
     float *m_d = test_upload_float(state, n), *v_d = test_upload_float(state, n);
     AdamRule rule = test_adam_rule(0.9f, 0.95f, 1e-8f, 0);
-    adamw_update(p_d, w_d, g_d, m_d, v_d, n, 0.01f, &rule, 1, 0);
+    adamw_update(p_d, w_d, g_d, m_d, v_d, n, 0.01f, &rule, 1, NULL, 0);
     float* got = test_download(p_d, n);
     bool right = true;
     for (int i = 0; i < n; i++) right &= (got[i] != got[i]) == (i == 4 || i == 17);
@@ -140,7 +168,7 @@ static void test_adamw_golden(const char* group, float lr, float b1, float b2, f
         snprintf(name, sizeof name, ".g%d", s);
         double* g = test_golden_array(&file, group, name, n);
         float* g_d = test_upload_float(g, n);
-        adamw_update(p_d, w_d, g_d, m_d, v_d, n, lr, &rule, s + 1, 0);
+        adamw_update(p_d, w_d, g_d, m_d, v_d, n, lr, &rule, s + 1, NULL, 0);
         snprintf(name, sizeof name, ".p%d", s + 1);
         double* want = test_golden_array(&file, group, name, n);
         char what[128];
@@ -189,7 +217,7 @@ static void test_adamw_dist(const char* mode, const char* tensor, size_t n, doub
         snprintf(name, sizeof name, "%s.g%d", tensor, s);
         double* g = test_golden_array(&file, "", name, n);
         float* g_d = test_upload_float(g, n);
-        adamw_update(p_d, w_d, g_d, m_d, v_d, n, (float)lr, &rule, s + 1, 0);
+        adamw_update(p_d, w_d, g_d, m_d, v_d, n, (float)lr, &rule, s + 1, NULL, 0);
         snprintf(name, sizeof name, "p%d", s + 1);
         double* want = test_golden_array(&file, prefix, name, n);
         float* got = rule.bf16_param ? test_download(p_d, n) : test_download_float(w_d, n);

@@ -449,6 +449,7 @@ typedef struct {
     int count, rows, cols, lines;
     size_t n, stride, bank;
     bool bf16_state;
+    const float* guard;
 } TestGate;
 
 static float* test_gate_spread(const TestGate* t, const double* x) {
@@ -479,7 +480,7 @@ static void test_gate_start(TestGate* t, const MuonRule* rule, const double* p, 
 static void test_gate_step(TestGate* t, const double* g, float lr) {
     float* g_d = test_gate_spread(t, g);
     gate_update(t->p, t->m, t->second, g_d, t->count, t->rows, t->cols, t->stride, lr, &t->rule,
-                t->bf16_state, 0);
+                t->bf16_state, t->guard, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     cudaFree(g_d);
 }
@@ -709,6 +710,64 @@ static void test_gate_golden(const char* group, int count, int rows, bool bf16_s
     safetensors_close(&file);
 }
 
+// As test_muon_guard, for gates.
+static void test_gate_guard(int count, int rows, int cols, const MuonRule* rule, bool bf16_state) {
+    size_t n = (size_t)rows * cols, all = count * n;
+    double *p = test_doubles(all), *g = test_doubles(all), values[2] = {0, 1};
+    for (size_t i = 0; i < all; i++) {
+        p[i] = test_round_bf16(0.03 * test_normal(1, i));
+        g[i] = test_round_bf16(1e-3 * test_normal(2, i));
+    }
+    float* guard = test_upload_float(values, 2);
+    TestGate t;
+    test_gate_start(&t, rule, p, count, rows, cols, true, bf16_state);
+    test_gate_step(&t, g, 0.02f);    // a second moment that is not 0
+    TestBits before = {}, after = {};
+    void* of[3] = {t.p, t.m, t.second};
+    size_t bytes[3] = {t.bank * sizeof(float), t.bank * sizeof(float),
+                       (size_t)count * t.lines * sizeof(float)};
+    for (int k = 0; k < 3; k++) test_bits_add(&before, of[k], bytes[k]);
+    char name[128];
+    snprintf(name, sizeof name, "gate_update guard %dx%d form %d beta2 %g by_row %d bf16 %d", rows,
+             cols, rule->form, rule->beta2, rule->second_by_row, bf16_state);
+    t.guard = guard + 1;
+    test_gate_step(&t, g, 0.02f);
+    test_true(name, test_bits_same(&before));
+    double was = g[n - 1];
+    g[n - 1] = NAN;
+    test_gate_step(&t, g, 0.02f);
+    test_true(name, test_bits_same(&before));
+    g[n - 1] = was;
+    t.guard = guard;
+    test_gate_step(&t, g, 0.02f);
+    test_true("gate_update where the guard is clear", !test_bits_same(&before));
+    for (int k = 0; k < 3; k++) test_bits_add(&after, of[k], bytes[k]);
+    test_bits_restore(&before);
+    t.guard = NULL;
+    test_gate_step(&t, g, 0.02f);
+    test_true("gate_update without a guard is as with a clear one", test_bits_same(&after));
+    test_bits_free(&before), test_bits_free(&after);
+    free(p), free(g);
+    cudaFree(guard);
+    test_gate_free(&t);
+}
+
+static void test_guards(Matmul* mm) {
+    const MuonForm forms[3] = {MUON_FORM_SUM, MUON_FORM_LERP, MUON_FORM_NONE};
+    for (int k = 0; k < 9; k++) {    // each form, without and with a second moment of each kind
+        bool master = FLOATX_IS_BF16 || k % 2;
+        MuonRule rule = test_normuon_rule(k / 3 == 2, k % 2 ? 60 : 0);
+        rule.form = forms[k % 3], rule.polar = k % 2;
+        if (k < 3) rule.beta2 = 0;
+        test_muon_guard(&rule, 3, 16, 24, master, mm);
+        if (k == 4) test_muon_guard(&rule, 17, 12, 10, master, mm);    // two slices
+        test_gate_guard(2, 6, 12, &rule, false);
+        test_gate_guard(2, 6, 12, &rule, true);
+    }
+    MuonRule tall = test_normuon_rule(true, 60);
+    test_gate_guard(2, 16, 12, &tall, false);
+}
+
 static void test_normuon_scratch(void) {
     MuonRule plain = test_muon_rule(MUON_FORM_LERP, 0.9f), full = test_normuon_rule(false, 1.2f);
     size_t small = muon_scratch_bytes(MUON_SLICE, 768, 768, &full);
@@ -769,6 +828,7 @@ static void test_normuon(void) {
         test_normuon_rounding(16, 24, 32, by_row, &mm);
         test_normuon_rounding(16, 44, 14, by_row, &mm);
     }
+    test_guards(&mm);
     test_normuon_scratch();
     test_normuon_golden("attn", false, &mm);
     test_normuon_golden("attn", true, &mm);

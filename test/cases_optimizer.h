@@ -1,7 +1,7 @@
 /*
-norm, newton_schulz, muon: llmc/norm.cuh and muon.cuh against oracle.h and against golden files that
-the published code made with PyTorch. What NorMuon adds is in cases_normuon.h, Adam in
-cases_adamw.h.
+norm, guard, newton_schulz, muon: llmc/norm.cuh, guard.cuh and muon.cuh against oracle.h and against
+golden files that the published code made with PyTorch. What NorMuon adds is in cases_normuon.h,
+Adam in cases_adamw.h.
 
 Allowed:
 norm     the bound in norm.cuh
@@ -65,59 +65,271 @@ static double* test_widen(float* x, size_t n) {    // frees x
     return wide;
 }
 
-// ---- norm -----------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------
 
-static void test_norm_case(size_t n, int bad) {
-    const double u = 0x1p-24;
-    double *g = test_doubles(n), sum = 0, want[2];
-    test_fill_normal_float(g, n, 1, 3.0);
-    for (size_t i = 0; i < n; i++) sum += g[i] * g[i];
-    for (int i = 0; i < bad; i++) {    // spread out, the first and the last element among them
-        size_t at = bad == 1 ? n - 1 : (n - 1) * i / (bad - 1);
-        g[at] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
-    }
-    float *g_d = test_upload_float(g, n), *scratch = test_device_float(grad_norm_scratch_floats(n));
-    double before[2] = {NAN, NAN};
-    float* out = test_upload_float(before, 2);
-    grad_norm(out, g_d, n, false, scratch, 0);
-    char name[96];
-    snprintf(name, sizeof name, "grad_norm n=%zu, %d not finite", n, bad);
-    float *got = test_download_float(out, 2), *again;
-    want[0] = sum, want[1] = bad;
-    if (bad) test_true(name, !(fabsf(got[0]) <= FLT_MAX) && got[1] == bad);
-    else test_compare(name, got, want, 2, 0, (32 + n / 2097152.0) * u);
-    if (!bad) {
-        grad_norm(out, g_d, n, true, scratch, 0);
-        again = test_download_float(out, 2);
-        test_true("grad_norm adds to what it found", again[0] == 2 * got[0] && again[1] == 0);
-        free(again);
-    }
-    free(g), free(got);
-    cudaFree(g_d), cudaFree(scratch), cudaFree(out);
+// What lies in some device arrays, to be compared with later or put back.
+typedef struct {
+    int count;
+    void *d[4], *copy[4];
+    size_t bytes[4];
+} TestBits;
+
+static void test_bits_add(TestBits* b, void* d, size_t bytes) {
+    if (!d || bytes == 0) return;
+    CUDA_CHECK(cudaDeviceSynchronize());
+    b->d[b->count] = d, b->bytes[b->count] = bytes;
+    b->copy[b->count] = test_calloc(bytes, 1);
+    CUDA_CHECK(cudaMemcpy(b->copy[b->count++], d, bytes, cudaMemcpyDeviceToHost));
 }
 
-// Whole numbers: the sum is exact, so a term too many or too few shows.
-static void test_norm_exact(size_t n) {
-    double *g = test_doubles(n), want[2] = {0, 0}, ten[2] = {10, 1};
-    test_fill_whole(g, n, 1, -8, 8);
-    for (size_t i = 0; i < n; i++) want[0] += g[i] * g[i];
-    want[0] += 10, want[1] += 1;
-    float *g_d = test_upload_float(g, n), *scratch = test_device_float(grad_norm_scratch_floats(n));
-    float* out = test_upload_float(ten, 2);
-    grad_norm(out, g_d, n, true, scratch, 0);
-    test_compare_device_float("grad_norm exact", out, want, 2, 0, 0);
-    free(g);
-    cudaFree(g_d), cudaFree(scratch), cudaFree(out);
+static bool test_bits_same(const TestBits* b) {
+    bool same = true;
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int i = 0; i < b->count; i++) {
+        void* now = test_calloc(b->bytes[i], 1);
+        CUDA_CHECK(cudaMemcpy(now, b->d[i], b->bytes[i], cudaMemcpyDeviceToHost));
+        same &= memcmp(now, b->copy[i], b->bytes[i]) == 0;
+        free(now);
+    }
+    return same;
+}
+
+static void test_bits_restore(const TestBits* b) {
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int i = 0; i < b->count; i++)
+        CUDA_CHECK(cudaMemcpy(b->d[i], b->copy[i], b->bytes[i], cudaMemcpyHostToDevice));
+}
+
+static void test_bits_free(TestBits* b) {
+    for (int i = 0; i < b->count; i++) free(b->copy[i]);
+    b->count = 0;
+}
+
+// ---- norm -----------------------------------------------------------------------------------
+
+// Segments of both types, of sizes up to three blocks and all eight alignments, in two pools where
+// all else is NaN.
+enum { TEST_NORMS = 2 * (11 * 8 + 3) };
+typedef struct {
+    NormSegment segment[TEST_NORMS];
+    size_t at[TEST_NORMS];          // first element in its pool
+    size_t n[2];                    // elements of the pools: of floatX, of floats
+    floatX* halves;
+    float* floats;
+} TestNorms;
+
+static void test_norms_layout(TestNorms* t) {
+    const size_t sizes[11] = {0, 1, 2, 7, 8, 15, 16, 17, 2047, 2049, 4160};
+    const size_t large[3] = {65536, 65537, 150001};
+    memset(t, 0, sizeof *t);
+    for (int s = 0; s < TEST_NORMS; s++) {
+        int floats = s % 2, i = s / 2;
+        size_t n = i < 88 ? sizes[i / 8] : large[i - 88], offset = i < 88 ? i % 8 : i % 2;
+        size_t begin = ceil_div(t->n[floats] + 1, 8) * 8 + offset;
+        t->segment[s].n = n, t->segment[s].floats = floats;
+        t->at[s] = begin;
+        t->n[floats] = begin + n + 1;
+    }
+    t->halves = test_device(t->n[0]);
+    t->floats = test_device_float(t->n[1]);
+    for (int s = 0; s < TEST_NORMS; s++)
+        t->segment[s].x = s % 2 ? (void*)(t->floats + t->at[s]) : (void*)(t->halves + t->at[s]);
+}
+
+// Elements of a segment depend on its size alone. bad: some are NaN or infinite, the first or the
+// last of them, or both and one between, or all. want (2, segments).
+static void test_norms_fill(TestNorms* t, bool whole, bool bad, double* want) {
+    double* pool[2] = {test_doubles(t->n[0]), test_doubles(t->n[1])};
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < t->n[k]; i++) pool[k][i] = NAN;
+    for (int s = 0; s < TEST_NORMS; s++) {
+        size_t n = t->segment[s].n;
+        double *x = pool[s % 2] + t->at[s], spoilt[3] = {NAN, INFINITY, -INFINITY};
+        if (whole) test_fill_whole(x, n, n, -8, 8);
+        else test_fill_normal(x, n, n, 3.0);
+        int which = bad ? s / 2 % 5 : 0;    // 0: none
+        for (size_t i = 0; i < n; i++) {
+            bool first = i == 0 && which % 2, last = i == n - 1 && (which == 2 || which == 3);
+            bool more = which == 4 || (which == 3 && i == n / 2);
+            if (first || last || more) x[i] = spoilt[(s + i) % 3];
+        }
+        want[2 * s] = want[2 * s + 1] = 0;
+        for (size_t i = 0; i < n; i++) {
+            if (isfinite(x[i])) want[2 * s] += x[i] * x[i];
+            else want[2 * s + 1]++;
+        }
+    }
+    test_put(t->halves, pool[0], t->n[0]);
+    test_put_float(t->floats, pool[1], t->n[1]);
+    free(pool[0]), free(pool[1]);
+}
+
+static void test_norms(void) {
+    const double u = 0x1p-24;
+    TestNorms t;
+    Norms norms;
+    void* memory;
+    double *want = test_doubles(2 * TEST_NORMS), *nan = test_doubles(2 * TEST_NORMS + 2);
+    for (int i = 0; i < 2 * TEST_NORMS + 2; i++) nan[i] = NAN;
+    test_norms_layout(&t);
+    CUDA_CHECK(cudaMalloc(&memory, norms_bytes(t.segment, TEST_NORMS)));
+    norms_init(&norms, t.segment, TEST_NORMS, memory, 0);
+    float *out = test_upload_float(nan, 2 * TEST_NORMS), *total = test_upload_float(nan, 2), *got;
+
+    // Whole numbers: sums are exact, so a term too many or too few shows. Those of `some` segments
+    // alone leave the others' places as they are.
+    test_norms_fill(&t, true, false, want);
+    for (int some = 0; some <= TEST_NORMS; some += TEST_NORMS / 2) {
+        test_put_float(out, nan, 2 * TEST_NORMS);
+        norms_measure(out, &norms, some, 0);
+        got = test_download_float(out, 2 * TEST_NORMS);
+        bool right = true;
+        for (int i = 0; i < 2 * TEST_NORMS; i++)
+            right &= i < 2 * some ? got[i] == want[i] : got[i] != got[i];
+        test_true("norms_measure exact, and no further than asked", right);
+        free(got);
+    }
+    const int all = TEST_NORMS;
+    const int ranges[5][2] = {{0, all}, {0, 1}, {7, 140}, {31, 31}, {all - 1, all}};
+    for (int r = 0; r < 5; r++) {
+        double sum[2] = {0, 0};
+        for (int s = ranges[r][0]; s < ranges[r][1]; s++) sum[0] += want[2 * s];
+        norms_total(total, out, ranges[r][0], ranges[r][1], 0);
+        test_compare_device_float("norms_total exact", total, sum, 2, 0, 0);
+    }
+
+    // Against double, twice the same bits, and the same bits at any alignment.
+    test_norms_fill(&t, false, false, want);
+    TestBits bits = {};
+    norms_measure(out, &norms, TEST_NORMS, 0);
+    test_bits_add(&bits, out, 2 * TEST_NORMS * sizeof *out);
+    got = test_download_float(out, 2 * TEST_NORMS);
+    test_compare("norms_measure", got, want, 2 * TEST_NORMS, 0, 87 * u);
+    bool same = true;
+    for (int s = 0; s < 2 * 88; s++) {
+        int first = s / 16 * 16 + s % 2;
+        same &= got[2 * s] == got[2 * first];
+    }
+    test_true("norms_measure: the same bits at any alignment", same);
+    free(got);
+    norms_measure(out, &norms, TEST_NORMS, 0);
+    test_true("norms_measure: the same bits twice", test_bits_same(&bits));
+    test_bits_free(&bits);
+
+    // Not finite: counted, in their own segment alone.
+    test_norms_fill(&t, true, true, want);
+    norms_measure(out, &norms, TEST_NORMS, 0);
+    got = test_download_float(out, 2 * TEST_NORMS);
+    bool counted = true;
+    double sum = 0;
+    for (int s = 0; s < TEST_NORMS; s++) {
+        bool finite = fabsf(got[2 * s]) <= FLT_MAX;
+        sum += want[2 * s + 1];
+        counted &= got[2 * s + 1] == want[2 * s + 1];
+        counted &= want[2 * s + 1] == 0 ? got[2 * s] == want[2 * s] : !finite;
+    }
+    test_true("norms_measure counts what is not finite", counted && sum > 100000);
+    free(got);
+    norms_total(total, out, 0, TEST_NORMS, 0);
+    got = test_download_float(total, 2);
+    test_true("norms_total of what is not finite", !(fabsf(got[0]) <= FLT_MAX) && got[1] == sum);
+    free(got);
+
+    // Large and finite: the sum is infinite, the count is not.
+    double most[3] = {1, 1e30, 1};
+    test_put_float(t.floats, most, 3);
+    NormSegment one = {t.floats, 3, true};
+    norms_free(&norms);
+    norms_init(&norms, &one, 1, memory, 0);
+    norms_measure(out, &norms, 1, 0);
+    got = test_download_float(out, 2);
+    test_true("norms_measure of 1e30", got[0] == INFINITY && got[1] == 0);
+    free(got), free(want), free(nan);
+    norms_free(&norms);
+    cudaFree(t.halves), cudaFree(t.floats), cudaFree(memory), cudaFree(out), cudaFree(total);
+}
+
+// ---- guard ----------------------------------------------------------------------------------
+
+static bool test_guard_run(float before, const double* norms, const double* losses, int n_losses,
+                           bool sticky) {
+    double start = before;
+    float *guard = test_upload_float(&start, 1), *norms_d = test_upload_float(norms, 4);
+    float* losses_d = n_losses ? test_upload_float(losses, n_losses) : NULL;
+    guard_check(guard, norms_d, losses_d, n_losses, sticky, 0);
+    float* got = test_download_float(guard, 1);
+    bool set = got[0] == 1;
+    test_true("guard is 0 or 1", set || got[0] == 0);
+    free(got);
+    cudaFree(guard), cudaFree(norms_d), cudaFree(losses_d);
+    return set;
+}
+
+static void test_guard_check(void) {
+    const double spoilt[3] = {NAN, INFINITY, -INFINITY}, fine[4] = {FLT_MAX, 0, 1e-30, 0};
+    const int sizes[5] = {0, 1, 5, 128, 300};
+    for (int k = 0; k < 5; k++) {
+        int n = sizes[k];
+        double* losses = test_doubles(n);
+        for (int i = 0; i < n; i++) losses[i] = i % 2 ? 1e30 : 0;
+        bool clear = true, sets = true;
+        clear &= !test_guard_run(0, fine, losses, n, true);
+        clear &= !test_guard_run(1, fine, losses, n, false);
+        clear &= !test_guard_run(NAN, fine, losses, n, false);    // memory as it is found
+        sets &= test_guard_run(1, fine, losses, n, true);
+        test_true("guard is clear where all is finite", clear);
+        for (int i = 0; i < 4; i++) {
+            double norms[4] = {4, 0, 9, 0};
+            for (int s = 0; s < 3; s++) {
+                norms[i] = spoilt[s];
+                sets &= test_guard_run(0, norms, losses, n, s);
+            }
+            norms[i] = 1;
+            bool count = i % 2;    // one element that is not finite; a sum of squares of 1 is none
+            sets &= test_guard_run(0, norms, losses, n, false) == count;
+        }
+        test_true("guard is set by norms", sets);
+        for (int i = 0; i < n; i += n > 1 ? n - 1 : 1) {
+            for (int s = 0; s < 3; s++) {
+                double was = losses[i];
+                losses[i] = spoilt[s];
+                test_true("guard is set by a loss", test_guard_run(0, fine, losses, n, false));
+                losses[i] = was;
+            }
+        }
+        free(losses);
+    }
+}
+
+static void test_guard_clear(void) {
+    const size_t sizes[5] = {0, 1, 127, 129, 200001};
+    for (int k = 0; k < 5; k++) {
+        size_t n = sizes[k], all = n + 3;
+        double *x = test_doubles(all), values[2] = {0, 1};
+        test_fill_normal_float(x, all, 1, 1.0);
+        x[n / 2] = NAN, x[0] = INFINITY;
+        float *x_d = test_upload_float(x, all), *guard = test_upload_float(values, 2);
+        TestBits bits = {};
+        test_bits_add(&bits, x_d, all * sizeof *x_d);
+        guard_clear_if(x_d, n, guard, 0);
+        guard_clear_if(x_d, n, NULL, 0);
+        test_true("guard_clear_if keeps where the guard is clear", test_bits_same(&bits));
+        guard_clear_if(x_d, n, guard + 1, 0);
+        float* got = test_download_float(x_d, all);
+        bool right = true;
+        for (size_t i = 0; i < n; i++) right &= got[i] == 0 && !signbit(got[i]);
+        for (size_t i = n; i < all; i++) right &= got[i] == (float)x[i] || x[i] != x[i];
+        test_true("guard_clear_if", right);
+        test_bits_free(&bits);
+        free(x), free(got);
+        cudaFree(x_d), cudaFree(guard);
+    }
 }
 
 static void test_norm(void) {
-    const size_t sizes[] = {1, 5, 16, 4095, 16384, 16385, 150001};
-    for (int i = 0; i < 7; i++) {
-        test_norm_case(sizes[i], 0);
-        test_norm_case(sizes[i], 1);
-        if (sizes[i] > 16) test_norm_case(sizes[i], 5);
-        test_norm_exact(sizes[i]);
-    }
+    test_norms();
+    test_guard_check();
+    test_guard_clear();
 }
 
 // ---- newton_schulz --------------------------------------------------------------------------
@@ -274,6 +486,7 @@ typedef struct {
     size_t bank, own;         // elements of p and g, and of master and m
     void* scratch;
     size_t scratch_bytes;
+    const float* guard;
 } TestMuon;
 
 // A whole bank without gaps, or every third matrix of it not the rank's, and gaps everywhere.
@@ -345,7 +558,7 @@ static void test_muon_step(TestMuon* t, const double* g, const float* scale, flo
     test_put_float(t->g, g_bank, t->bank);
     free(g_bank);
     muon_update(t->p, t->master, t->g, t->m, t->second, t->place, t->count, t->rows, t->cols,
-                t->stride, scale, lr, &t->rule, t->scratch, t->scratch_bytes, mm, 0);
+                t->stride, scale, lr, &t->rule, t->scratch, t->scratch_bytes, mm, t->guard, 0);
 }
 
 static double* test_muon_weights(const TestMuon* t) {
@@ -365,6 +578,52 @@ static double* test_muon_seconds(const TestMuon* t) {
 static double* test_muon_values(const TestMuon* t) {
     if (!t->master) return test_muon_weights(t);
     return test_muon_own(t, test_download_float(t->master, t->own), false);
+}
+
+// Where the guard is set nothing that lasts changes, and nothing of such a step is left in the
+// scratch; where it is clear, everything is as without one.
+static void test_muon_guard(const MuonRule* rule, int count, int rows, int cols, bool use_master,
+                            Matmul* mm) {
+    size_t n = (size_t)rows * cols, all = count * n;
+    double *p = test_doubles(all), *g = test_doubles(all), values[2] = {0, 1};
+    float* scale = test_floats(count);
+    for (int i = 0; i < count; i++) scale[i] = 1;
+    test_fill_normal_float(p, all, 1, 0.03);
+    test_fill_normal_float(g, all, 2, 1e-3);
+    float* guard = test_upload_float(values, 2);
+    TestMuon t;
+    test_muon_layout(&t, rule, count, rows, cols, true);
+    test_muon_start(&t, p, p, use_master);
+    test_muon_step(&t, g, scale, 0.02f, mm);    // a second moment that is not 0
+    TestBits before = {}, after = {};
+    void* of[4] = {t.p, t.master, t.m, t.second};
+    size_t bytes[4] = {t.bank * sizeof(floatX), t.own * sizeof(float), t.own * sizeof(float),
+                       (size_t)count * t.lines * sizeof(float)};
+    for (int k = 0; k < 4; k++) test_bits_add(&before, of[k], bytes[k]);
+    char name[160];
+    snprintf(name, sizeof name, "muon guard %dx%d form %d beta2 %g by_row %d decay %g master %d",
+             rows, cols, rule->form, rule->beta2, rule->second_by_row, rule->cautious_decay,
+             use_master);
+    t.guard = guard + 1;
+    test_muon_step(&t, g, scale, 0.02f, mm);
+    test_true(name, test_bits_same(&before));
+    double was = g[n / 2];
+    g[n / 2] = NAN;
+    test_muon_step(&t, g, scale, 0.02f, mm);
+    test_true(name, test_bits_same(&before));
+    g[n / 2] = was;
+    t.guard = guard;
+    test_muon_step(&t, g, scale, 0.02f, mm);
+    test_true("muon where the guard is clear", !test_bits_same(&before));
+    for (int k = 0; k < 4; k++) test_bits_add(&after, of[k], bytes[k]);
+    test_bits_restore(&before);
+    t.guard = NULL;
+    test_muon_step(&t, g, scale, 0.02f, mm);
+    test_true("muon without a guard is as with a clear one", test_bits_same(&after));
+    test_bits_free(&before), test_bits_free(&after);
+    free(p), free(g), free(scale);
+    cudaFree(guard);
+    test_muon_free(&t);
 }
 
 // Three steps of a bank against the oracle, each matrix with a scale of its own; then zeros, NaN.

@@ -21,7 +21,7 @@ the newest weights is for a comparison of the ranks to show.
   a reduce      the reduce of a group is issued before the backward of the next one is complete, and
                 that backward does not begin after it
   b gradients   a reduce comes after all that writes what it sums; measure and update after all
-                reduces
+                reduces; every update after the guard, which comes after all norms
   c weights     a gather comes after the updates before it; what reads a weight after its gather
   d hiding      gathers go out in forward order, and forward 0 does not wait for the last
     ranks       all ranks issue the same collectives in the same order
@@ -587,6 +587,28 @@ static int uncovered(const TraceFile* t, int begin, int end, Work layers, Work m
     return missing;
 }
 
+// The host does not look before an update: that the guard stands there is what keeps a step that is
+// not finite from being applied.
+static void check_guard(Verdict* v, const TraceFile* t, int begin, int end) {
+    const Item* guard = NULL;
+    int updates = 0, norms = 0, wrong = 0;
+    for (int i = begin; i < end; i++)
+        if (item_is(&t->items[i], MEASURE) && strcmp(t->items[i].name, "guard_check_kernel") == 0)
+            guard = &t->items[i];
+    for (int i = begin; i < end; i++) {
+        const Item* e = &t->items[i];
+        bool norm = item_is(e, MEASURE) && strncmp(e->name, "norms_", 6) == 0;
+        norms += norm;
+        updates += item_is(e, UPDATE);
+        if (norm) wrong += !guard || !comes_after(guard, e);
+        if (item_is(e, UPDATE)) wrong += !guard || !comes_after(e, guard);
+    }
+    if (!updates) return;
+    judge(v, CHECK_GRADIENTS, wrong == 0 && norms > 0,
+          "a guard comes after %d norms and before %d updates: %s, %d are on the wrong side", norms,
+          updates, guard ? item_text(guard) : "there is none", wrong);
+}
+
 static void check_step_reduces(Verdict* v, const TraceFile* t, int begin, int end) {
     int reduces = 0;
     for (int i = begin; i < end; i++) {
@@ -602,6 +624,7 @@ static void check_step_reduces(Verdict* v, const TraceFile* t, int begin, int en
         }
     }
     v->reduces += reduces;
+    check_guard(v, t, begin, end);
     if (!reduces) return;
     int attn = uncovered(t, begin, end, BACKWARD, REDUCE, "attn");
     int mlp = uncovered(t, begin, end, BACKWARD, REDUCE, "mlp");

@@ -21,9 +21,9 @@ done
 build() {
     local kind=${1%%:*} name=${1#*:} precision=FP32 source=test/test_golden.cu
     [ "$kind" = kernels16 ] && precision=BF16
-    [ "$kind" = zero ] && source=test/test_zero.cu
+    [[ "$kind" = zero || "$kind" = model ]] && source=test/test_$kind.cu
     [ "$kind" = plain ] && source=test/test_$name.c
-    [[ "$kind" = services || "$kind" = loader ]] && source=test/test_$kind.c
+    [[ "$kind" = services || "$kind" = loader || "$kind" = checkpoint ]] && source=test/test_$kind.c
     [ "$kind" = logs ] && source=dev/compare_logs.c
     if [[ "$kind" = kernels* ]]; then
         source=mutant.cu
@@ -32,7 +32,7 @@ build() {
         printf 'int main(int c, char** v) {\n    test_init(c, v);\n    if (test_group("%s")) test_%s();\n' "$name" "$name" >> $source
         printf '    return test_summary();\n}\n' >> $source
     fi
-    ${CXX:-g++} "${flags[@]}" -DPRECISION_$precision -x c++ $source -x none objects/*.o -ldnnl -lgomp -lpthread "${mpi[@]}" -o mutant
+    ${CXX:-g++} "${flags[@]}" -DPRECISION_$precision -x c++ $source -x none objects/*.o -ldnnl -lgomp -lz -lpthread "${mpi[@]}" -o mutant
 }
 run() {
     local kind=${1%%:*} name=${1#*:}
@@ -41,7 +41,7 @@ run() {
         zero) HOST_STREAMS=lazy HOST_SCHED=3 HOST_THREADS=1 timeout 300 mpirun -q --oversubscribe -np 2 \
                 ./mutant "$name" < /dev/null ;;    # mpirun would read the list of mutations
         logs) timeout 300 test/compare_logs.sh ./mutant < /dev/null ;;
-        services | loader) timeout 300 ./mutant "$name" ;;
+        services | loader | model | checkpoint) timeout 300 ./mutant "$name" ;;
         *) timeout 300 ./mutant ;;
     esac
 }

@@ -339,7 +339,7 @@ static void schedule_step(Model* m, const GoldenCase* c, const GoldenVariant* v,
 static double batch_loss(Model* m, const GoldenCase* c, int i) {
     load_batch(m, c, i);
     micro_step(m, &m->host, 0);
-    StepStats stats = step_stats(m, false);
+    StepStats stats = step_result(m, step_measure(m, &m->slots[0]));
     test_true("every gradient is finite", stats.finite);
     return stats.loss;
 }
@@ -391,10 +391,10 @@ static void run_trainer(const GoldenCase* c, const GoldenVariant* v, GoldenResul
         int n = load_batch(m, c, GOLDEN_STEPS);
         batch_upload(m, &m->host, n);
         forward(m, &m->val_acts, m->B, c->T_val, 0);
-        classify(m, &m->val_acts, m->stats + STAT_LOSS, n, false, 0.0f, false);
+        classify(m, &m->val_acts, m->val_loss, n, false, 0.0f, false);
         float sum;
         CUDA_CHECK(cudaStreamSynchronize(m->stream));
-        CUDA_CHECK(cudaMemcpy(&sum, m->stats + STAT_LOSS, sizeof sum, cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(&sum, m->val_loss, sizeof sum, cudaMemcpyDeviceToHost));
         bool counts = cut || ranks.rank == 0;
         golden_result(r, "val_loss", 1)[0] = counts ? sum / ((double)c->B * c->T_val) : 0;   // this rank's part
         size_t half = (size_t)c->T_val * m->D / 2;

@@ -6,9 +6,10 @@ properties that a run promises.
     accumulation    --micro-batch changes memory, not the result
     repeat          the same step twice, and on 1 or 2 OS threads, gives the same bits
     overfit         a batch is learned by heart
+    not finite      a weight or gradient that is not finite is noticed, named, and changes no bit; steps that are skipped
+    state           a checkpoint of a model holds every bit of it: recipes, and both halves of Adam's every second step
     file            weights_save and weights_load keep every bit; the values and shapes are the parameters'
     evaluation      the mean over exactly --val-tokens predictions, for any micro-batch
-    not finite      a NaN weight is noticed before an update
 
 Settings come from the recipe files themselves, so that a wrong number there shows up here.
 */
@@ -112,7 +113,7 @@ static double gradient_scale(Model* m, OracleModel* oracle, int id, int layer) {
 // products of both signs), and six times more at the worst element. That is for four layers; the roundings of
 // more add in squares. The loss moves with the logits, which reach 10 here (the tied head sees its own row): 2^-9 x 10.
 static void check_gradients(const char* title, Model* m, OracleModel* oracle, double loss, double factor) {
-    StepStats stats = step_stats(m, false);
+    StepStats stats = step_result(m, step_measure(m, &m->slots[0]));
     char name[128];
     double deep = m->L > 4 ? sqrt(m->L / 4.0) : 1, loss_tolerance = FLOATX_IS_BF16 ? 2e-2 : 2e-6,
            max_tolerance = FLOATX_IS_BF16 ? 0.25 * deep : 5e-4, rms_tolerance = FLOATX_IS_BF16 ? 4e-2 * deep : 2e-5;
@@ -312,7 +313,7 @@ static Snapshot run_steps(const char* recipe, int micro_batch, int steps, bool g
             memcpy(model.host.targets, tokens + micro * N + 1, N * sizeof(int));
             micro_step(&model, &model.host, micro);
         }
-        s.loss = step_stats(&model, false).loss;
+        s.loss = step_result(&model, step_measure(&model, &model.slots[0])).loss;
         if (!gradients) update(&model);
         free(tokens);
     }
@@ -383,7 +384,7 @@ static void test_overfit(const char* recipe, const char* optimizer) {
         model_at(&model, step);
         fill_batch(&model, 64, 257, 9);
         micro_step(&model, &model.host, 0);
-        loss = step_stats(&model, false).loss;
+        loss = step_result(&model, step_measure(&model, &model.slots[0])).loss;
         update(&model);
     }
     char name[64];
@@ -485,6 +486,115 @@ static void test_evaluation(void) {
     unlink(path);
 }
 
+// ---- steps that are not finite, state that is saved -----------------------------------------
+
+static const char* const STATE[] = {"--layers", "4", "--heads", "2", "--channels", "64", "--vocab", "96", "--seq-len", "32",
+                                    "--micro-batch", "1", "--batch-tokens", "64", "--end-of-text", "7", NULL};
+static const char* const STATE_12[] = {"--layers", "12", "--heads", "2", "--channels", "64", "--vocab", "96", "--table-rows", "96",
+                                       "--seq-len", "32", "--micro-batch", "1", "--batch-tokens", "64", "--val-seq-len", "32",
+                                       "--val-batch", "1", "--window-block", "16", "--end-of-text", "7", NULL};
+static const struct { const char* recipe; const char* const* flags; const char* more[4]; } STATE_CASES[] = {
+    {"modern", STATE, {}}, {"untied", STATE, {}}, {"unet", STATE, {}}, {"modern", STATE, {"--optimizer", "adamw"}},
+    {"sub3", STATE_12, {}}, {"normuon", STATE_12, {}}, {"normuon", STATE_12, {"--on-nonfinite", "skip"}},
+};
+enum { STATE_CASE_COUNT = sizeof STATE_CASES / sizeof STATE_CASES[0] };
+
+static void state_model(int k, const char* seed) {
+    const char* flags[64] = {"--seed", seed};
+    int n = 2;
+    for (int i = 0; STATE_CASES[k].flags[i]; i++) flags[n++] = STATE_CASES[k].flags[i];
+    for (int i = 0; STATE_CASES[k].more[i]; i++) flags[n++] = STATE_CASES[k].more[i];
+    model_build(&model, make_settings(STATE_CASES[k].recipe, flags), 0, 1);
+    model_start(&model, NULL);
+}
+
+typedef struct Bits { unsigned char* x; size_t n; } Bits;
+
+static void bits_add(Bits* bits, const void* device, size_t n) {
+    if (!device || n == 0) return;
+    bits->x = (unsigned char*)realloc(bits->x, bits->n + n);
+    CUDA_CHECK(cudaMemcpy(bits->x + bits->n, device, n, cudaMemcpyDeviceToHost));
+    bits->n += n;
+}
+
+// What a step may change, and what has to be there for the next one.
+static Bits keep_state(Model* m) {
+    Bits bits = {NULL, 0};
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+    for (int b = 0; b < BANKS; b++) {
+        const Bank* bank = &m->params.banks[b];
+        if (bank->n == 0) continue;
+        size_t state = bank->owned * sizeof(float);
+        bits_add(&bits, bank->p, bank->n * sizeof(floatX));
+        bits_add(&bits, bank->master, bank->master ? state : 0);
+        bits_add(&bits, bank->m, state);
+        bits_add(&bits, bank->v, bank->adam ? state : bank_second_bytes(bank));
+        if (bank->adam && m->pending) bits_add(&bits, bank->g, bank->n * sizeof(float));
+    }
+    return bits;
+}
+
+static void same_state(const char* name, Bits a, Bits b) {
+    test_true(name, a.n == b.n && a.n > 0);
+    test_same_bits(name, a.x, b.x, a.n < b.n ? a.n : b.n);
+    free(a.x);
+    free(b.x);
+}
+
+// Step `step` of a run; `broken`: one element of a gradient, of what Muon or Adam updates in it, is infinite.
+static bool state_step(Model* m, int64_t step, int broken) {
+    model_at(m, step);
+    for (int micro = 0; micro < m->micro_steps; micro++) {
+        fill_batch(m, m->B * m->T, m->V, 100 + 10 * step + micro);
+        batch_segments(&m->host, m->B, m->T, (int)m->cfg->end_of_text);
+        micro_step(m, &m->host, micro);
+    }
+    int bank = broken == 2 ? BANK_EMBED : BANK_ATTN;
+    float infinite = INFINITY;
+    if (broken)
+        CUDA_CHECK(cudaMemcpy(m->params.banks[bank].g + 70, &infinite, sizeof infinite, cudaMemcpyHostToDevice));
+    bool finite = step_result(m, step_measure(m, &m->slots[step % 2])).finite;
+    update(m);
+    m->pending = (step + 1) % m->cfg->adam_every != 0;
+    return finite;
+}
+
+static void test_guard(int k) {
+    char name[128];
+    state_model(k, "1");
+    bool skip = model.cfg->on_nonfinite == FLAG_NONFINITE_SKIP, waits = model.cfg->adam_every > 1;
+    for (int step = 0; step < 4; step++) test_true("a finite step", state_step(&model, step, 0));
+    for (int broken = 1; broken <= 2; broken++) {
+        int64_t step = 4 + waits;       // Adam's turn
+        snprintf(name, sizeof name, "%s: an infinite gradient of %s", STATE_CASES[k].recipe, broken == 2 ? "Adam's" : "Muon's");
+        if (waits && skip) {            // one of Muon's while Adam waits takes Adam's along
+            test_true(name, !state_step(&model, 4, 1));
+            Bits g = {NULL, 0};
+            bits_add(&g, bank(&model, BANK_EMBED)->g, bank(&model, BANK_EMBED)->n * sizeof(float));
+            bool clear = true;
+            for (size_t i = 0; i < g.n / sizeof(float); i++) clear = clear && ((float*)g.x)[i] == 0;
+            test_true("what waits for Adam is cleared", clear);
+            free(g.x);
+        } else if (waits) {
+            state_step(&model, 4, 0);
+        }
+        model.pending = false;          // g of Adam's banks is no state once it has been used
+        Bits before = keep_state(&model);
+        test_true(name, !state_step(&model, step, broken));
+        model.pending = false;
+        same_state(name, before, keep_state(&model));
+        before = keep_state(&model);
+        bool finite = state_step(&model, 6, 0);
+        model.pending = false;
+        Bits after = keep_state(&model);
+        bool moved = after.n != before.n || memcmp(after.x, before.x, after.n) != 0;
+        test_true("the step behind it is finite", finite);
+        test_true("and is taken if steps are skipped, else not", moved == skip);
+        free(before.x), free(after.x);
+    }
+    model_end(&model);
+}
+
 static void test_not_finite(void) {
     const char* flags[] = {"--layers", "2", "--heads", "2", "--channels", "64", "--vocab", "320", "--seq-len", "16",
                            "--micro-batch", "2", "--batch-tokens", "32", NULL};
@@ -493,7 +603,8 @@ static void test_not_finite(void) {
     randomize(&model, 3);
     fill_batch(&model, 32, 257, 1);
     micro_step(&model, &model.host, 0);
-    test_true("finite weights, finite step", step_stats(&model, false).finite);
+    StepStats stats = step_result(&model, step_measure(&model, &model.slots[0]));
+    test_true("finite weights, finite step", stats.finite);
     float* w = test_floats(64 * 64);
     params_collect(&model.params);
     tensor_read(&model.params, w, model.place[ATTN_K][1]);
@@ -501,9 +612,63 @@ static void test_not_finite(void) {
     tensor_write(&model.params, w, model.place[ATTN_K][1]);
     fill_batch(&model, 32, 257, 1);
     micro_step(&model, &model.host, 0);
-    test_true("one NaN weight is noticed", !step_stats(&model, false).finite);
+    stats = step_result(&model, step_measure(&model, &model.slots[0]));
+    test_true("one NaN weight is noticed", !stats.finite);
+    test_true("and counted once", model.slots[0].stats[STAT_NORMS + 3] == 1);
+    int named = 0;
+    for (int i = 0; i < model.weight_segments; i++)
+        if (model.slots[0].norms[2 * i + 1] != 0) named += model.segment_tensor[i] == model.place[ATTN_K][1] ? 1 : 100;
+    test_true("in the tensor where it is", named == 1);
     free(w);
     model_end(&model);
+    for (int k = 0; k < STATE_CASE_COUNT; k++) test_guard(k);
+}
+
+// `steps` steps, a checkpoint, and a model of other values that reads it: the same bits, and so after two more steps.
+static void test_saved_state(int k, int steps) {
+    char folder[] = "/tmp/test_model_XXXXXX", path[256], problem[512], name[128];
+    REQUIRE(mkdtemp(folder), "cannot make a folder in /tmp: %s", strerror(errno));
+    snprintf(name, sizeof name, "%s %s: saved after %d steps", STATE_CASES[k].recipe,
+             STATE_CASES[k].more[1] ? STATE_CASES[k].more[1] : "", steps);
+    static Saver saver;
+    static Checkpoint from;
+    State state;
+    CheckpointInfo info = {};
+    info.step = steps, info.ranks = 1, info.flags = "{}", info.recipe = info.shards = "";
+    state_model(k, "1");
+    for (int step = 0; step < steps; step++) state_step(&model, step, 0);
+    model_at(&model, steps);
+    state_init(&state, &model.params, model.cfg->adam_every > 1);
+    saver_open(&saver, folder, 0, 1, 2, 0);
+    saver_begin(&saver, &info, state.parts, state_copy(&state, &model.params, model.pending));
+    Bits before = keep_state(&model);
+    saver_wait(&saver);
+    test_true(name, saver_status(&saver) == SAVER_WRITTEN);
+    saver_commit(&saver);
+    saver_wait(&saver);
+    test_true(name, saver_status(&saver) == SAVER_IDLE);
+    saver_close(&saver);
+    state_free(&state);
+    for (int step = steps; step < steps + 2; step++) state_step(&model, step, 0);
+    Bits after = keep_state(&model);
+    model_end(&model);
+
+    state_model(k, "2");
+    for (int step = 0; step < 2; step++) state_step(&model, step, 0);
+    model_at(&model, steps);
+    checkpoint_path(path, sizeof path, folder, steps);
+    bool opened = checkpoint_open(&from, path, problem, sizeof problem);
+    test_true(opened ? name : problem, opened);
+    state_load(&model.params, &from, model.pending);
+    checkpoint_close(&from);
+    same_state(name, before, keep_state(&model));
+    for (int step = steps; step < steps + 2; step++) state_step(&model, step, 0);
+    snprintf(name, sizeof name, "%s: gone on with after %d steps", STATE_CASES[k].recipe, steps);
+    same_state(name, after, keep_state(&model));
+    model_end(&model);
+    char command[300];
+    snprintf(command, sizeof command, "rm -r %s", folder);
+    test_true("the folder is taken away", system(command) == 0);
 }
 
 // The start: the distributions that the recipes ask for, and zero where they ask for zero.
@@ -639,5 +804,6 @@ int main(int argc, char** argv) {
         test_cache("sub3", CACHE_12), test_cache("normuon", CACHE_12);
     }
     if (test_group("not finite")) test_not_finite();
+    for (int k = 0; test_group("state") && k < STATE_CASE_COUNT; k++) test_saved_state(k, 3), test_saved_state(k, 4);
     return test_summary();
 }

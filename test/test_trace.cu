@@ -622,6 +622,9 @@ typedef enum {
     REDUCE_MISSING,         // a group is not reduced
     MEASURE_UNGATED,        // the norm of the gradients does not wait for the reduces
     UPDATE_UNGATED,         // update does not wait for the reduces
+    GUARD_LATE,             // an update before the guard
+    GUARD_EARLY,            // the guard before the norms
+    GUARD_MISSING,
     GATHER_UNGATED,         // the gather does not wait for the update
     GATHER_MISSING,         // the last group of attn
     GATHER_HOLE,            // a group in the middle
@@ -779,10 +782,14 @@ static void story_backward(Story* s, bool last, bool tied) {
 static void story_update(Story* s, bool tied) {
     Fault f = s->fault;
     story_record(s, COMM, EVENT_SENT);
-    if (f == MEASURE_UNGATED) story_op(s, COMPUTE, "measure", "grad_norm_kernel");
+    if (f == GUARD_EARLY) story_op(s, COMM, "measure", "guard_check_kernel");
+    if (f == MEASURE_UNGATED) story_op(s, COMPUTE, "measure", "norms_kernel");
     if (f != UPDATE_UNGATED) story_wait(s, COMPUTE, EVENT_SENT);
-    if (f != MEASURE_UNGATED) story_op(s, COMPUTE, "measure", "grad_norm_kernel");
+    if (f != MEASURE_UNGATED) story_op(s, COMPUTE, "measure", "norms_kernel");
+    bool guard = f != GUARD_LATE && f != GUARD_EARLY && f != GUARD_MISSING;
+    if (guard) story_op(s, COMPUTE, "measure", "guard_check_kernel");
     story_op(s, COMPUTE, "update", "adamw_kernel");
+    if (f == GUARD_LATE) story_op(s, COMPUTE, "measure", "guard_check_kernel");
     if (f != TIED_UNGATED) story_gather(s, BANK_EMBED, 0);
     if (!tied && f != HEAD_UNGATED) story_gather(s, BANK_HEAD, 0);
     for (int bank = BANK_ATTN; bank <= BANK_MLP; bank++) {
@@ -867,6 +874,8 @@ static void test_stories(void) {
         {REDUCE_MISSING, "a group is not reduced", "b"},
         {MEASURE_UNGATED, "measure without a wait", "b"},
         {UPDATE_UNGATED, "update without a wait", "b"},
+        {GUARD_LATE, "an update before the guard", "b"},
+        {GUARD_EARLY, "a guard before the norms", "b"}, {GUARD_MISSING, "no guard", "b"},
         {GATHER_UNGATED, "gather without a wait", "c"},
         {GATHER_MISSING, "the last group is not gathered", "c"},
         {GATHER_HOLE, "a middle group is not gathered", "cd"},
@@ -904,9 +913,9 @@ static void test_counts(void) {
     test_true("updates", v.updates == STEPS * 3);
     // Two for each reduce of a group but the lowest.
     test_check("a", abs(v.passed[CHECK_REDUCE] - STEPS * 2 * (GROUPS - 1) * 2), 0);
-    // Of a step: all groups twice, head and embed once, measure and three updates after each
-    // reduce, one for all.
-    int b = STEPS * (2 * 2 * GROUPS + 2 + (1 + 3) * (2 * GROUPS + 2) + 1);
+    // Of a step: all groups twice, head and embed once, norms, guard and three updates after each
+    // reduce, one for all, one for the guard.
+    int b = STEPS * (2 * 2 * GROUPS + 2 + (2 + 3) * (2 * GROUPS + 2) + 1 + 1);
     test_check("b", abs(v.passed[CHECK_GRADIENTS] - b), 0);
     // Of a step: updates before the gathers (embed, head: 1; attn 2; mlp 3), one for all; and what
     // reads later: of each layer 5 operations behind the first product, 2 behind the third, in each

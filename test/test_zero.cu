@@ -258,7 +258,7 @@ static Run train_steps(const char* recipe, const char* const* sizes, const char*
             batch_segments(&model.host, model.B, T, (int)cfg->end_of_text);
             micro_step(&model, &model.host, micro);
         }
-        StepStats stats = step_stats(&model, false);
+        StepStats stats = step_result(&model, step_measure(&model, &model.slots[0]));
         run.loss[step] = stats.loss;
         run.norm[step] = stats.grad_norm;
         update(&model);
@@ -358,7 +358,7 @@ static void test_memory(void) {
     for (int i = 0; i < model.B * model.T; i++) model.host.inputs[i] = model.host.targets[i] = i;
     for (int micro = 0; micro < model.micro_steps; micro++)
         micro_step(&model, &model.host, micro);
-    step_stats(&model, false);
+    step_result(&model, step_measure(&model, &model.slots[0]));
     update(&model);
     params_collect(&model.params);
     double table = (double)memory_total(&model.memory), peak = (double)host_peak_bytes();
@@ -428,7 +428,7 @@ static void test_file(const char* layers) {
     for (int i = 0; i < model.B * model.T; i++) model.host.inputs[i] = model.host.targets[i] = i;
     for (int micro = 0; micro < model.micro_steps; micro++)
         micro_step(&model, &model.host, micro);
-    step_stats(&model, false);
+    step_result(&model, step_measure(&model, &model.slots[0]));
     update(&model);      // the file is read while gathers are queued
     weights_save(&model, path, 1, &codec);
     keep_values(&model, &saved);

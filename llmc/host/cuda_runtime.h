@@ -349,6 +349,8 @@ template <auto K, class... P> static void host_launch_now(void* arg) {
     HostLaunch<P...>* l = (HostLaunch<P...>*)arg;
     host_run_grid(host_kernel_name<K>(), l->grid, l->block, l->dynamic_bytes, host_body<K, P...>,
                   &l->args);
+    if constexpr (std::is_pointer_v<std::tuple_element_t<0, std::tuple<P..., int>>>)
+        host_break_output(host_kernel_name<K>(), (void*)std::get<0>(l->args));
 }
 
 template <auto K, class... P, class... A>
