@@ -182,7 +182,7 @@ static inline OutContents out_contents(const char* out) {
 
 // Whether a checkpoint is one of this directory's own: only then does its run go on here.
 static inline bool out_owns(const char* out, const char* checkpoint) {
-    char path[OUT_PATH];
+    char path[OUT_PATH + 16];
     struct stat parent, own;
     snprintf(path, sizeof path, "%s/..", checkpoint);
     bool ok = stat(path, &parent) == 0;

@@ -256,6 +256,16 @@ static inline void params_adopt(Params* ps, Bank* bank, size_t offset, size_t n)
     }
 }
 
+// Until the weights of all ranks have come, and everything before is done.
+static inline void params_wait(Params* ps) {
+    for (int b = 0; b < ps->bank_count; b++) {
+        ZeroBank* zero = &ps->banks[b].zero;
+        for (int k = 0; k < zero->bucket_count; k++)
+            zero_wait_gathered(&ps->zero, zero, zero->buckets[k].first, ps->stream);
+    }
+    CUDA_CHECK(cudaStreamSynchronize(ps->stream));
+}
+
 // The other way: g of every rank holds the fp32 values of all weights, until the next step. All
 // ranks call it together.
 static inline void params_collect(Params* ps) {

@@ -20,7 +20,8 @@ fused       The floor assumes fusions that the program does not have:
                 heads and their gradients in attention
               - attention without value embedding scales its output instead of its values
               - mixed values are kept for backward, not mixed again
-              - the gradients' norm is taken where they are made (the program: a pass of 4 bytes)
+              - the norms of gradients and weights are taken where they are made (the program: a
+                pass of 4 bytes for each, over what the rank owns)
               - the head's gradient is written once per micro-step, not once per R rows of logits
               - a head in fp8 is quantised once a step
               - Muon's passes move 26 bytes per element, NorMuon's 28 (the program: 38 and more)

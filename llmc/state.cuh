@@ -80,7 +80,7 @@ static inline void state_init(State* s, Params* ps, bool waiting) {
         const Piece* piece = &pieces[i];
         const Bank* bank = bank_of(ps, piece->tensor);
         if (bank->zero.replicated && ps->zero.rank != 0) continue;
-        if (bank->master)
+        if (bank->has_master)
             state_add(s, ps, piece->tensor, STATE_MASTER, SAFE_F32, piece->offset, piece->count,
                       bank->master + piece->own);
         state_add(s, ps, piece->tensor, STATE_M, SAFE_F32, piece->offset, piece->count,
@@ -117,11 +117,7 @@ static inline int state_copy(State* s, Params* ps, bool waiting) {
     size_t at = 0;
     int count = waiting ? s->count : s->lasting;
     state_allocate(s);
-    for (int b = 0; b < ps->bank_count; b++) {
-        ZeroBank* zero = &ps->banks[b].zero;
-        for (int k = 0; k < zero->bucket_count; k++)
-            zero_wait_gathered(&ps->zero, zero, zero->buckets[k].first, ps->stream);
-    }
+    params_wait(ps);
     for (int i = 0; i < s->count; i++) {
         s->parts[i].data = s->pinned + at;
         size_t bytes = part_bytes(&s->parts[i]);
@@ -190,7 +186,7 @@ static inline void state_load(Params* ps, Checkpoint* from, bool waiting) {
     StateReader r = {from, ps, host_alloc(largest, sizeof(float)), host_alloc(largest, sizeof(float))};
     SafeType type = FLOATX_IS_BF16 ? SAFE_BF16 : SAFE_F32;
     bool same_ranks = from->info.ranks == ps->zero.world;
-    CUDA_CHECK(cudaStreamSynchronize(ps->stream));
+    params_wait(ps);
     for (int i = 0; i < ps->count; i++) {
         const Bank* bank = bank_of(ps, i);
         size_t n = tensor_elements(ps, i), at = tensor_offset(ps, i);

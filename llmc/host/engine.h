@@ -88,7 +88,8 @@ typedef void (*host_body_fn)(void* args);   // do kernel(args...); while (host_n
 
 void host_run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
                    host_body_fn body, void* args);
-// HOST_NAN=kernel:n: the n-th launch of that kernel leaves a NaN at the start of its first argument.
+// HOST_NAN=kernel:n: the n-th launch of that kernel leaves a NaN at the start of its first argument;
+// n+: each from the n-th on.
 void host_break_output(const char* kernel, void* output);
 extern "C" void host_next_switch(void);
 
