@@ -151,13 +151,13 @@ static void test_memory_shrinks(void) {
 
 enum { STEPS = 20, RECORD_STEPS = 6 };
 
-typedef struct Run {
+typedef struct Course {
     int steps;
     double loss[STEPS], norm[STEPS];
     uint64_t hash[STEPS];       // of the weights after each step
     float* value;               // fp32 values at the end
     size_t n;
-} Run;
+} Course;
 
 static uint64_t weights_hash(Model* m) {
     uint64_t hash = HASH_START;
@@ -196,7 +196,7 @@ static void randomize(Model* m) {
 
 static const TextCodec codec = {};
 
-static void keep_values(Model* m, Run* run) {
+static void keep_values(Model* m, Course* run) {
     params_collect(&m->params);
     run->n = 0;
     for (int id = 0; id < PARAMS; id++)
@@ -223,15 +223,15 @@ static size_t step_bytes(const Model* m) {
         bytes += zero_reduce_bytes(&m->params.zero, &bank->zero);
         bytes += zero_gather_bytes(&m->params.zero, &bank->zero);
     }
-    return bytes + zero_sum_bytes(&m->params.zero, STATS - STAT_NORM2 + m->micro_steps, sizeof(float));
+    return bytes + zero_sum_bytes(&m->params.zero, STATS - STAT_NORMS + m->micro_steps, sizeof(float));
 }
 
 // STEPS steps on global batches that do not depend on the number of ranks. In fp32 a new one each: a
 // batch that is learned by heart has a loss near zero, of which 1e-5 is nothing. In bf16 always the
 // same, so that the loss falls with each step, as the bound wants it.
-static Run train_steps(const char* recipe, const char* const* sizes, const char* const* flags,
+static Course train_steps(const char* recipe, const char* const* sizes, const char* const* flags,
                        int world, bool check) {
-    Run run = {};
+    Course run = {};
     run.steps = sizes == RECORD ? RECORD_STEPS : STEPS;      // of Adam's in normuon: three
     const Settings* cfg = make_settings(recipe, sizes, flags);
     int rank = world == 1 ? 0 : ranks.rank;
@@ -287,7 +287,7 @@ static Run train_steps(const char* recipe, const char* const* sizes, const char*
     return run;
 }
 
-static double distance(const Run* a, const Run* b) {
+static double distance(const Course* a, const Course* b) {
     double error = 0, scale = 0;
     for (size_t i = 0; i < b->n; i++) {
         error += (double)(a->value[i] - b->value[i]) * (a->value[i] - b->value[i]);
@@ -308,7 +308,7 @@ static void test_training(const char* recipe, const char* title, const char* con
                           const char* const* flags) {
     int world = ranks.world;
     char name[128];
-    Run all = train_steps(recipe, sizes, flags, world, true), one = all;
+    Course all = train_steps(recipe, sizes, flags, world, true), one = all;
     if (ranks.rank == 0) one = train_steps(recipe, sizes, flags, 1, false);
     else one.value = test_floats(one.n);
     ranks_broadcast(&ranks, one.loss, sizeof one.loss);
@@ -337,7 +337,7 @@ static void test_training(const char* recipe, const char* title, const char* con
     if (flags) return;
     // Without the look at the weights after each step, which waits for the device and so would hide
     // that forward does not wait for its weights.
-    Run again = train_steps(recipe, sizes, flags, world, false);
+    Course again = train_steps(recipe, sizes, flags, world, false);
     snprintf(name, sizeof name, "%s%s, %d ranks twice: weights", recipe, title, world);
     test_same_bits(name, &all.hash[all.steps - 1], &again.hash[all.steps - 1], sizeof all.hash[0]);
     snprintf(name, sizeof name, "%s%s, %d ranks twice: losses", recipe, title, world);
@@ -421,7 +421,7 @@ static void test_file(const char* layers) {
     const char* path = scratch_path("model.safetensors");
     const char* sizes[] = {"--layers", layers, "--heads", "2", "--channels", "64", "--vocab", "320",
                            "--seq-len", "16", "--micro-batch", "1", "--batch-tokens", "384", NULL};
-    Run saved = {}, loaded = {};
+    Course saved = {}, loaded = {};
     model_build(&model, make_settings("unet", sizes, NULL), ranks.rank, ranks.world);
     model_start(&model, &ranks);
     randomize(&model);
