@@ -55,9 +55,10 @@ static void weights_save(Model* m, const char* path, int64_t step, const TextCod
     char *flags = flags_json(m->cfg), step_text[32];
     snprintf(step_text, sizeof step_text, "%" PRId64, step);
     const char* metadata[] = {"format", "pt", "flags", flags, "step", step_text,
-                              "commit", GIT_COMMIT, "tokenizer_hash", codec->hash};
+                              "commit", GIT_COMMIT, "precision", PRECISION_NAME,
+                              "tokenizer_hash", codec->hash};
     if (m->pending) params_stash(&m->params);
-    params_save(&m->params, path, metadata, codec->hash[0] ? 5 : 4);
+    params_save(&m->params, path, metadata, codec->hash[0] ? 6 : 5);
     if (m->pending) params_unstash(&m->params);
     free(flags);
 }
@@ -506,20 +507,20 @@ static void run_pause(Run* r, bool end) {
     bool stop = r->stop && !end, saved = r->saving.step == r->step && !r->saving.failed;
     bool save = stop || every(cfg->checkpoint_every, r->step) || (end && cfg->checkpoint_every);
     model_at(m, r->step);
-    if (save && !saved) {
-        CheckpointInfo info = run_info(r);
-        saving_begin(&r->saving, &info, m->pending);
-    }
-    if (stop) return;
     if (end) {      // first: a second Ctrl-C must not cost the weights
         char path[TEXT_SIZE + 32];
         snprintf(path, sizeof path, "%s/model.safetensors", cfg->out);
         weights_save(m, path, r->step, r->codec);
     }
-    if (end || r->step % cfg->val_every == 0) {
+    if (!stop && (end || r->step % cfg->val_every == 0)) {
         r->val_loss = evaluate(m, r->val);
         log_val(r->log, r->step, r->val_loss, clock_seconds(&r->clock));
     }
+    if (save && !saved) {
+        CheckpointInfo info = run_info(r);
+        saving_begin(&r->saving, &info, m->pending);
+    }
+    if (stop) return;
     bool due = end || every(cfg->sample_every, r->step);
     if (due && cfg->sample_tokens && m->params.zero.rank == 0) sample(m, r->codec, r->log, r->step);
 }

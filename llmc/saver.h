@@ -228,10 +228,11 @@ static inline void saver_plan(SaverFile* f, const Saver* s, int index) {
     snprintf(rank, sizeof rank, "%d", s->rank);
     snprintf(ranks, sizeof ranks, "%d", s->world);
     const char* weights[] = { "format", "pt", "flags", info->flags, "step", step,
-                              "commit", info->commit, "tokenizer_hash", info->tokenizer_hash };
+                              "commit", info->commit, "precision", info->precision,
+                              "tokenizer_hash", info->tokenizer_hash };
     const char* state[] = { "format", CHECKPOINT_STATE, "step", step, "rank", rank,
                             "ranks", ranks, "tensors", f->lines };
-    int pairs = index == 0 && !info->tokenizer_hash[0] ? 4 : 5;
+    int pairs = index > 0 || !info->tokenizer_hash[0] ? 5 : 6;
     safe_layout(&f->layout, tensors, count, index ? state : weights, pairs);
     free(tensors);
     free(keys);
