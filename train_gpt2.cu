@@ -454,6 +454,11 @@ static void run_not_finite(Run* r, const StepSlot* slot, const StepStats* stats)
     if (!goes_on) r->status = STATUS_NOT_FINITE;
 }
 
+// A save that failed is the end, if so asked.
+static void run_judge_save(Run* r) {
+    if (r->saving.failed && r->cfg->on_save_error == FLAG_SAVE_ERROR_STOP) r->status = STATUS_ERROR;
+}
+
 // Looks at the oldest step that has not been looked at.
 static void run_look(Run* r) {
     StepSlot* slot = &r->m->slots[r->looked % 2];
@@ -462,7 +467,7 @@ static void run_look(Run* r) {
     r->looked++;
     r->stop = r->stop || stats.stop;
     saving_count(&r->saving, slot->stats + STAT_VOTES);
-    if (r->saving.failed && r->cfg->on_save_error == FLAG_SAVE_ERROR_STOP) r->status = STATUS_ERROR;
+    run_judge_save(r);
     line.step = slot->step;
     line.train_s = clock_seconds(&r->clock);
     if (!stats.finite) run_not_finite(r, slot, &stats);
@@ -517,6 +522,9 @@ static void run_pause(Run* r, bool end) {
         log_val(r->log, r->step, r->val_loss, clock_seconds(&r->clock));
     }
     if (save && !saved) {
+        saving_settle(&r->saving);
+        run_judge_save(r);      // the one before may have failed
+        if (r->status >= 0) return;
         CheckpointInfo info = run_info(r);
         saving_begin(&r->saving, &info, m->pending);
     }
@@ -532,8 +540,8 @@ static void run_finish(Run* r) {
     log_note(r->log, "data: waited %.3f s for batches, of %.1f s of training", r->data->waited,
              clock_seconds(&r->clock));
     log_result(r->log, r->val_loss, clock_seconds(&r->clock), r->step * cfg->batch_tokens);
-    bool failed = r->saving.failed && cfg->on_save_error == FLAG_SAVE_ERROR_STOP;
-    r->status = failed ? STATUS_ERROR : STATUS_DONE;
+    r->status = STATUS_DONE;
+    run_judge_save(r);
 }
 
 static void run_stopped(Run* r) {
@@ -563,6 +571,7 @@ static int train(Run* r) {
                          PRId64 ": --epochs 0 repeats it as often as the steps need", cfg->epochs,
                          step, cfg->steps);
             run_pause(r, end);
+            if (r->status >= 0) break;
             if (end) run_finish(r);
             else if (r->stop) run_stopped(r);
             if (r->status >= 0) break;

@@ -13,6 +13,7 @@ read -r -a mpi <<< "$(${MPICC:-mpicc} -show | tr ' ' '\n' | grep -E '^-[IDLlW]' 
 flags=(-std=c++17 -O1 -march=native -fno-math-errno -w -Illmc/host -I. -DWITH_NCCL -DOMPI_SKIP_MPICXX "${mpi[@]}")
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 mkdir objects
+${CXX:-g++} -O1 -w -I. -x c++ dev/text_to_shards.c -o text_to_shards || exit 1      # test/resume.sh wants it beside the trainer
 for part in llmc/host/*.cpp; do
     ${CXX:-g++} "${flags[@]}" -O2 -c "$part" -o "objects/$(basename "$part" .cpp).o" || exit 1
 done
@@ -25,6 +26,7 @@ build() {
     [ "$kind" = plain ] && source=test/test_$name.c
     [[ "$kind" = services || "$kind" = loader || "$kind" = checkpoint ]] && source=test/test_$kind.c
     [ "$kind" = logs ] && source=dev/compare_logs.c
+    [ "$kind" = resume ] && source=train_gpt2.cu
     if [[ "$kind" = kernels* ]]; then
         source=mutant.cu
         printf '#include "llmc/device.cuh"\n#include "test/test.h"\n#include "test/oracle.h"\n#include "test/cases_%s.h"\n' \
@@ -41,6 +43,7 @@ run() {
         zero) HOST_STREAMS=lazy HOST_SCHED=3 HOST_THREADS=1 timeout 300 mpirun -q --oversubscribe -np 2 \
                 ./mutant "$name" < /dev/null ;;    # mpirun would read the list of mutations
         logs) timeout 300 test/compare_logs.sh ./mutant < /dev/null ;;
+        resume) timeout 300 test/resume.sh ./mutant short < /dev/null ;;
         services | loader | model | checkpoint) timeout 300 ./mutant "$name" ;;
         *) timeout 300 ./mutant ;;
     esac
