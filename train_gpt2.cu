@@ -608,8 +608,7 @@ static int64_t run_open(Ranks* ranks, const Settings* cfg, OutLock* lock, Checkp
     if (ranks->rank == 0) out_claim(lock, cfg->out);
     if (cfg->resume[0]) run_find(ranks, cfg->out, cfg->resume, path, sizeof path);
     if (path[0] && !checkpoint_open(from, path, problem, sizeof problem))
-        die("--resume %s: %s: %s\n--resume auto takes the newest valid one in --out", cfg->resume,
-            path, problem);
+        die("--resume: %s: %s\n--resume auto takes the newest valid one in --out", path, problem);
     if (ranks->rank == 0 && path[0] && out_owns(cfg->out, path)) {
         own = from->info.step;
         int64_t newest = out_contents(cfg->out).checkpoint;
@@ -659,13 +658,14 @@ static int run(const Settings* cfg, TextCodec* codec, Ranks* ranks) {
     if (resumed) run_compare(cfg, &from, codec, run.shards, taken, sizeof taken);
 
     run_open_log(&log, cfg, ranks, own);
-    ranks_watch(ranks, cfg->out, model_failed);
+    ranks_watch(ranks, cfg->out, NULL);
     trace_steps = cfg->trace_steps;
     trace_open(cfg->trace, rank, world);
     model_build(&model, cfg, rank, world);
     if (rank == 0) settings_print(stdout, cfg);
     if (rank == 0) print_model(stdout, &model);
     model_start(&model, ranks);
+    ranks_watch(ranks, cfg->out, model_failed);      // from now on there is something to ask
     saving_open(&run.saving, &model.params, ranks, &log, cfg);
     if (rank == 0) loader_describe(stdout, &data);
     if (resumed) run_resume(&run, &from, taken);

@@ -40,7 +40,7 @@ one() {      # one NAME LR SEED: a run into OUT/NAME-LR-SEED, unless it is there
         sub3)     more=("${records[@]}" --long-layers "0 3") ;;
         record45) more=("${records[@]}" --no-layers "" --long-layers "1 3" --window-steps "1 2 3") ;;
     esac
-    HOST_THREADS=1 "$program" "${words[@]}" "${common[@]}" "${fp32[@]}" ${more[@]+"${more[@]}"} --seed "$seed" --out "$to" \
+    HOST_THREADS=1 "$program" "${words[@]}" "${common[@]}" "${fp32[@]}" ${more[@]+"${more[@]}"} --seed "$seed" --out "$to" --resume auto \
         > "$to.txt" 2>&1 || { echo "$name $lr $seed: $(grep -m1 '^train_gpt2' "$to.txt")" >&2; }
 }
 final() { sed -nE 's/^RESULT val_loss:([0-9.]+).*/\1/p' "$out/$1-$2-$3/log.txt" 2> /dev/null; }

@@ -299,7 +299,8 @@ static inline bool saver_collect(Saver* s, int index, FILE* files, FILE* tensors
     checkpoint_file_name(name, sizeof name, index);
     snprintf(path, sizeof path, "%s/%s", s->part, name);
     if (!safetensors_scan(&f, path, problem, sizeof problem))
-        return saver_refuse(s, path, "was written, but", problem);
+        return saver_refuse(s, path, index > 1 ? "was written by another rank (--out must be on a disk "
+                            "that all share), but" : "was written, but", problem);
     const char* lines = s->weights;
     snprintf(step, sizeof step, "%" PRId64, s->info.step);
     snprintf(rank, sizeof rank, "%d", index - 1);
@@ -610,9 +611,14 @@ static inline void saver_commit(Saver* s) {
     saver_set(s, SAVER_IDLE);
 }
 
-// After saver_wait, when a rank has failed: rank 0 removes what there is.
+// After saver_wait, when a rank has failed: rank 0 removes what there is, and the others their own, in
+// case it is on another disk.
 static inline void saver_abandon(Saver* s) {
+    char path[CHECKPOINT_PATH + 64], name[64];
     saver_wait(s);
+    checkpoint_file_name(name, sizeof name, s->rank + 1);
+    snprintf(path, sizeof path, "%s/%s", s->part, name);
+    if (s->rank != 0 && s->part[0]) unlink(path);
     if (s->rank == 0 && s->part[0] && !directory_remove(s->part))
         saver_note(s, s->part, "cannot be removed");
     saver_set(s, SAVER_IDLE);

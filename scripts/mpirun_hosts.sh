@@ -2,13 +2,16 @@
 # A run over several hosts without Slurm: mpirun and a file of hosts. NOT YET RUN ON A GPU, nor on more than one host.
 #
 #   scripts/mpirun_hosts.sh HOSTFILE COMMAND...
-#   scripts/mpirun_hosts.sh hosts.txt ./train_gpt2 --recipe modern --train "/data/fw/*_train_*.bin" --val "/data/fw/*_val_*.bin" --out runs/modern
+#   scripts/mpirun_hosts.sh hosts.txt ./train_gpt2 --recipe modern --train "/data/fw/*_train_*.bin" --val "/data/fw/*_val_*.bin" --out /shared/runs/modern
 #
 # HOSTFILE, one line a host: `node1 slots=8`; slots is the number of GPUs, and of ranks started there; 8 if not said.
 # Every host has this folder and the data under the same paths and lets this one in by ssh without a password.
-# Open MPI; OUT of the first host gets the log, each host that ends with an error its log.rankN.txt.
+# OUT is on a disk that all hosts share: each rank writes its part of a checkpoint there. Where there is none: --checkpoint-every 0,
+# and a run that is stopped cannot be resumed. Ctrl-C ends the run with a checkpoint and status 75, a second one at once. Open MPI.
 set -eu
 if [ $# -lt 2 ]; then sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; [ "${1:-}" = --help ]; exit; fi
+# shellcheck source=scripts/run_child.sh
+. "$(dirname "$0")/run_child.sh"
 stop() { echo "mpirun_hosts: $*" >&2; exit 1; }
 hostfile=$1
 shift
@@ -41,10 +44,9 @@ done
 
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # map-by slot: filled in order of the file, so that neighbours in number are neighbours on a host; bind-to none: a rank
-# bound to one core would run its threads by turns; sigkill_timeout: after a Ctrl-C a rank finishes its step and writes
-# its weights. -x: variables that the ranks on other hosts get too.
+# bound to one core would run its threads by turns. -x: variables that the ranks on other hosts get too.
 pass=()
 for name in $(compgen -e | grep -E '^(NCCL_|HOST_|LD_LIBRARY_PATH$)'); do pass+=(-x "$name"); done
 echo "mpirun_hosts: $ranks ranks on ${#names[@]} hosts"
-mpirun -np $ranks --hostfile "$hosts" --map-by slot --bind-to none --mca odls_base_sigkill_timeout 60 "${pass[@]}" \
-    "$program" "$@" --ranks $ranks
+run_child mpirun -np $ranks --hostfile "$hosts" --map-by slot --bind-to none "${pass[@]}" "$program" "$@" --ranks $ranks
+exit $status

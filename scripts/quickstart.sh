@@ -5,7 +5,8 @@
 #   ./scripts/quickstart.sh [TEXT-FILE] [--flag value ...]     flags go to the trainer, e.g. --steps 100
 #
 # Without TEXT-FILE: tinyshakespeare, or, where its address cannot be reached, Debian's package fortunes.
-# Ctrl-C ends the training early; weights, sample and curve are still made.
+# Into runs/quickstart, or runs/quickstart-2, -3 .. where there are runs already. Ctrl-C ends the training with a checkpoint and the
+# curve, and with status 75; the same command with --resume auto then goes on in the last of these folders.
 set -eu
 [ "${1:-}" = --help ] && { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 0; }
 text=""
@@ -15,6 +16,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
 fi
 cd "$(dirname "$0")/.."
 . scripts/install.sh
+. scripts/run_child.sh
 
 text_url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 text_sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -84,9 +86,18 @@ rm -f "data/${name}"_{train,val}_[0-9]*.bin
 build/text_to_shards --out "data/$name" "$text"
 
 # ---- train ---------------------------------------------------------------------------------
-out="runs/quickstart"
-status=0
-./$program --recipe quickstart --train "data/${name}_train_*.bin" --val "data/${name}_val_*.bin" --out "$out" "$@" || status=$?
-[ $status -eq 0 ] || [ $status -eq 130 ] || exit $status
-echo "loss curve: $(build/plot_loss "$out/log.txt" --out "$out/loss.svg")   weights: $out/model.safetensors"
+out="" resume=""
+for ((i = 1; i <= $#; i++)); do
+    j=$((i + 1))
+    case "${!i}" in
+        --out) out="${!j:-}" ;;
+        --out=*) out="${!i#--out=}" ;;
+        --resume | --resume=*) resume=yes ;;
+    esac
+done
+[ -n "$out" ] || { out=$(run_folder runs/quickstart "$resume"); set -- --out "$out" "$@"; }
+run_child ./$program --recipe quickstart --train "data/${name}_train_*.bin" --val "data/${name}_val_*.bin" "$@"
+[ $status -eq 0 ] || [ $status -eq 75 ] || exit $status
+echo "loss curve: $(build/plot_loss "$out/log.txt" --out "$out/loss.svg")"
+if [ $status -eq 0 ]; then echo "weights: $out/model.safetensors"; else echo "to go on: the same command with --resume auto"; fi
 exit $status

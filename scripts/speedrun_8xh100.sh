@@ -10,6 +10,9 @@
 #   --cpu        a rehearsal without a GPU: train_gpt2_cpu on 2 ranks, 2 steps of 512 tokens, any shards in DIR
 #   --check      checks, prints the command, starts nothing
 #   --           what follows goes to the trainer and wins over what stands here: -- --micro-batch 32
+#
+# Into runs/speedrun-RECIPE, or -2, -3 .. where there are runs already. Ctrl-C ends the run with a checkpoint and status 75;
+# `-- --resume auto` then goes on in the last of these folders.
 set -eu
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; }
 stop() {      # stop LINE...: what is wrong, then what to type
@@ -35,6 +38,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 cd "$(dirname "$0")/.."
+. scripts/run_child.sh
 ranks=${ranks:-$([ -n "$cpu" ] && echo 2 || echo 8)}
 [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || stop "--ranks $ranks: must be a number of at least 1"
 
@@ -72,22 +76,21 @@ esac
 
 # ---- the command ---------------------------------------------------------------------------
 program=./train_gpt2
-out=runs/speedrun-$recipe
+base=runs/speedrun-$recipe
 flags=(
     --recipe "$recipe"             # the model, its optimizer and schedule, batch, order of the data, validation
     --train "$data/*_train_*.bin"
     --val "$data/*_val_*.bin"
-    --out "$out"
     --ranks "$ranks"               # a process that starts alone is an error, not another run
     --zero 1                       # optimizer state and fp32 master of a matrix on one rank
     --grad-reduce weights          # gradients travel in bf16, as weights do
     --seed 1                       # of the initial parameters; the spread over seeds is the spread of the result
-    --save-every 0                 # parameters at the end alone
+    --checkpoint-every 0           # the record wrote none; a signal still makes one
 )
 if [ -n "$cpu" ]; then
     program=./train_gpt2_cpu
-    out=runs/rehearsal-$recipe
-    flags+=(--out "$out" --steps 2 --seq-len 64 --batch-tokens 512 --micro-batch 1 --val-every 2 --val-tokens 1024)
+    base=runs/rehearsal-$recipe
+    flags+=(--steps 2 --seq-len 64 --batch-tokens 512 --micro-batch 1 --val-every 2 --val-tokens 1024)
     case $recipe in sub3* | normuon) flags+=(--val-seq-len 64 --window-block 16 --extension-steps 0 --batching stream) ;; esac
     export HOST_THREADS="${HOST_THREADS:-1}"                # a rank is a core
     export OMPI_MCA_rmaps_base_oversubscribe=1              # or shares one
@@ -102,12 +105,13 @@ for ((i = 0; i < ${#flags[@]}; i += 2)); do
     [ -n "${value[$name]+there}" ] || order+=("$name")
     value[$name]=${flags[i + 1]}
 done
-out=${value[--out]}
+resume=${value[--resume]:-}
+out=${value[--out]:-$(run_folder "$base" "$resume")}
+[ -n "${value[--out]+there}" ] || { value[--out]=$out; order+=(--out); }
 command=(mpirun -np "$ranks" --bind-to none "$program")      # bound to one core, a rank's threads would take turns
 for name in "${order[@]}"; do command+=("$name" "${value[$name]}"); done
-# Open MPI asks root twice; rented machines log in as root. After a Ctrl-C it gives a rank one second before it kills
-# it: too short for the step in progress and the weights.
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_odls_base_sigkill_timeout=60
+# Open MPI asks root twice; rented machines log in as root.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                    # NCCL's own words when something is wrong
 
 # ---- checks --------------------------------------------------------------------------------
@@ -138,7 +142,8 @@ if [ "$train" -lt "$wanted" ] || [ "$val" -lt 1 ]; then
         "or another folder: --data DIR; or a shorter run: -- --steps 100"
 fi
 mkdir -p "$out"
-[ "$(free_mb "$out")" -ge 2000 ] || stop "$out has $(free_mb "$out") MB free, weights and logs want 2000" "df -h $out"
+[ -n "$cpu" ] || [ "$(free_mb "$out")" -ge 6000 ] ||
+    stop "$out has $(free_mb "$out") MB free, logs, weights and a checkpoint want 6000" "df -h $out"
 [ -n "$cpu" ] || [ "$(free_mb /dev/shm)" -ge 1000 ] ||
     stop "/dev/shm has $(free_mb /dev/shm) MB free, MPI and NCCL want 1000" "in a container: docker run --shm-size=2g ..."
 
@@ -149,8 +154,8 @@ if [ -z "$cpu" ]; then
     record_curve | columns
 fi
 [ -z "$check" ] || exit 0
-status=0
-"${command[@]}" < /dev/null || status=$?
+run_child "${command[@]}"
+[ $status -ne 75 ] || { echo "speedrun: stopped with a checkpoint; it goes on with -- --resume auto --out $out" >&2; exit 75; }
 [ $status -eq 0 ] || { echo "speedrun: exit status $status; the log is $out/log.txt" >&2; exit $status; }
 if [ -z "$cpu" ]; then
     echo "validation loss, and the clock in seconds:"

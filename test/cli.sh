@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # test/cli.sh PROGRAM: the trainer as a user meets it, on shards made from this repository's own text.
 #   same flags, same seed: equal logs (times aside) and equal weights, twice, on 1 and 2 OS threads, in another order of execution
-#   log lines, saved weights, --load and samples, --dry-run, Ctrl-C, the words that bad input gets
+#   log lines, saved weights, --load and samples, --dry-run, Ctrl-C, losses that are not finite, the words that bad input gets
+# What goes on from a checkpoint has a test of its own: test/resume.sh.
 set -u
 program=$(realpath "$1")
 cd "$(dirname "$0")/.." || exit 1
@@ -63,12 +64,16 @@ has "log" "$log" '^RESULT val_loss:[0-9.]+ target:3.28 reached:(yes|no) train_ti
 check "RESULT is the last line" "$(tail -1 "$log" | grep -q ^RESULT; echo $?)"
 
 # ---- weights: saved, loaded, sampled -------------------------------------------------------
-run saved --recipe unet --save-every 3
-[ -s "$work/saved/model_000003.safetensors" ]; check "--save-every 3 leaves model_000003.safetensors" $?
+run saved --recipe unet --checkpoint-every 4
 run loaded --recipe unet --load "$work/saved/model.safetensors" --steps 1
 end=$(grep -oE '^step:6/6 val_loss:[0-9.]+' "$work/saved/log.txt" | cut -d: -f3)
 start=$(grep -oE '^step:0/1 val_loss:[0-9.]+' "$work/loaded/log.txt" | cut -d: -f3)
 [ -n "$end" ] && [ "$end" = "$start" ]; check "--load starts where the file ended ($end, $start)" $?
+# A checkpoint's folder will do as well; its weights are those of its step.
+run loaded-4 --recipe unet --load "$work/saved/checkpoints/step_000004" --steps 1
+end=$(grep -oE '^step:4/6 val_loss:[0-9.]+' "$work/saved/log.txt" | cut -d: -f3)
+start=$(grep -oE '^step:0/1 val_loss:[0-9.]+' "$work/loaded-4/log.txt" | cut -d: -f3)
+[ -n "$end" ] && [ "$end" = "$start" ]; check "--load CHECKPOINT starts where it was saved ($end, $start)" $?
 run sampled --recipe unet --load "$work/saved/model.safetensors" --train '' --sample-tokens 20 --sample-temperature 0
 has "sample" "$work/sampled.txt" '.'
 run wrong --recipe unet --load "$work/saved/model.safetensors" --channels 128; check "a file of another shape is refused" $((! $?))
@@ -78,8 +83,10 @@ has "wrong shape" "$work/wrong.txt" 'model.safetensors: .* shape'
 cp "$work/saved/model.safetensors" "$work/nan.safetensors"
 printf '\000\000\300\177' | dd of="$work/nan.safetensors" bs=1 seek=$(($(stat -c %s "$work/nan.safetensors") - 4)) conv=notrunc 2> /dev/null
 run diverged --recipe unet --load "$work/nan.safetensors"; status=$?
-[ $status -eq 1 ]; check "a loss that is not finite ends the run with 1 (got $status)" $?
-has "not finite" "$work/diverged.txt" 'step 1: loss .*not finite'
+[ $status -eq 2 ]; check "what is not finite ends the run with 2 (got $status)" $?
+has "not finite" "$work/diverged.txt" 'step 1 is not finite: loss '
+has "not finite" "$work/diverged.txt" 'weights not finite: 1 in '
+has "not finite" "$work/diverged.txt" 'its data begins at token [0-9]+ of .*text_train_000001.bin'
 ! [ -e "$work/diverged/model.safetensors" ]; check "and nothing is saved" $?
 
 # ---- dry run -------------------------------------------------------------------------------
@@ -94,9 +101,10 @@ for signal in INT TERM; do
     for _ in $(seq 300); do grep -q '^step:8/' "$work/stopped-$signal/log.txt" 2> /dev/null && break; sleep 0.1; done
     kill -$signal $!
     wait $!; status=$?
-    [ $status -eq 130 ]; check "SIG$signal ends the run with 130 (got $status)" $?
-    [ -s "$work/stopped-$signal/model.safetensors" ]; check "SIG$signal: the weights are there" $?
-    has "SIG$signal" "$work/stopped-$signal/log.txt" '^RESULT'
+    [ $status -eq 75 ]; check "SIG$signal ends the run with 75 (got $status)" $?
+    last=$(sed -nE 's/^step:([0-9]+)\/.* train_loss:.*/\1/p' "$work/stopped-$signal/log.txt" | tail -1)
+    [ -s "$work/stopped-$signal/checkpoints/$(printf step_%06d "$last")/manifest.json" ]; check "SIG$signal: a checkpoint of step $last is there" $?
+    has "SIG$signal" "$work/stopped-$signal/log.txt" '^stopped by a signal after step [0-9]+ of 100000: .*--resume auto goes on'
 done
 
 # ---- bad input -----------------------------------------------------------------------------

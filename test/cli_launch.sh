@@ -22,7 +22,7 @@ wait_for() {      # wait_for FILE REGEX: at most 30 s
 }
 
 # ---- run_until_done.sh ---------------------------------------------------------------------
-# The n-th call of `pretend FOLDER STEP:STATUS...` logs the n-th STEP (-: logs nothing) and ends with its STATUS.
+# The n-th call of `pretend FOLDER STEP:STATUS...` leaves a checkpoint of the n-th STEP (-: leaves none) and ends with its STATUS.
 cat > "$work/pretend" << 'END'
 #!/usr/bin/env bash
 folder=$1; shift
@@ -30,7 +30,7 @@ mkdir -p "$folder"
 calls=$(($(cat "$folder/calls" 2> /dev/null || echo 0) + 1))
 echo $calls > "$folder/calls"
 word=${!calls}
-[ "${word%%:*}" = - ] || printf 'step:%s/100 train_loss:1.0\nRESULT\n' "${word%%:*}" > "$folder/log.txt"
+[ "${word%%:*}" = - ] || { name=$(printf '%s/checkpoints/step_%06d' "$folder" "${word%%:*}"); rm -rf "$name"; mkdir -p "$name"; }
 exit "${word##*:}"
 END
 # `wait FOLDER STATUS` waits for a signal, says which it got, and ends with STATUS; after 20 s without one with 99.
@@ -45,7 +45,7 @@ chmod +x "$work/pretend" "$work/wait"
 
 attempts() {      # attempts NAME WANTED-STATUS WANTED-CALLS STEP:STATUS...
     local name="$1" wanted="$2" calls="$3" status; shift 3
-    timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/$name" "$@" --out "$work/$name" > "$work/$name.txt" 2>&1
+    timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/$name" "$@" --out "$work/$name" --resume auto > "$work/$name.txt" 2>&1
     status=$?
     [ $status -eq "$wanted" ]; check $? "$name: status $wanted (got $status)"
     [ "$(cat "$work/$name/calls")" = "$calls" ]; check $? "$name: $calls attempts (got $(cat "$work/$name/calls"))"
@@ -58,26 +58,34 @@ attempts interrupted 130 1 5:130 6:0
 attempts one-stuck 0 5     5:75 5:75 6:75 6:75 7:0
 attempts two-stuck 1 3     5:75 5:75 5:75 6:0
 attempts backwards 1 4     5:75 9:75 8:75 9:75 10:0
-attempts no-log 1 2        -:75 -:75 5:0
-has two-stuck "$work/two-stuck.txt" 'two attempts did not get beyond step 5'
-# What an earlier run left there is no bar to a new one, but is to one that Slurm starts again.
-mkdir -p "$work/old" "$work/requeued"
-echo 'step:50/100 val_loss:1' | tee "$work/old/log.txt" > "$work/requeued/log.txt"
-attempts old 0 3           5:75 6:75 7:0
-SLURM_RESTART_COUNT=1 attempts requeued 1 2 50:75 50:75 51:0
-timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/equals" 3:75 3:75 4:0 "--out=$work/equals" > "$work/equals.txt" 2>&1
-check $? "--out=DIR"
-(cd "$work" && timeout 60 "$root/scripts/run_until_done.sh" ./pretend run 3:75 3:75 4:0 > run.txt 2>&1); check $? "the trainer's own --out"
-scripts/run_until_done.sh "$work/nonesuch" > "$work/none.txt" 2>&1
-[ $? -eq 127 ]; check $? "a command that is not there"
-scripts/run_until_done.sh > "$work/usage.txt" 2>&1
-[ $? -eq 1 ]; check $? "no command"
+attempts no-checkpoint 1 2 -:75 -:75 5:0
+has two-stuck "$work/two-stuck.txt" 'two attempts left no checkpoint beyond step 5'
+# What an earlier start left there is gone on from, so it counts.
+mkdir -p "$work/requeued/checkpoints/step_000050"
+attempts requeued 1 2      50:75 50:75 51:0
+mkdir -p "$work/goes-on/checkpoints/step_000050"
+attempts goes-on 0 4       50:75 51:75 51:75 52:0
+timeout 60 scripts/run_until_done.sh "$work/pretend" "$work/equals" 3:75 3:75 4:0 "--out=$work/equals" --resume=auto > "$work/equals.txt" 2>&1
+check $? "--out=DIR --resume=auto"
+(cd "$work" && timeout 60 "$root/scripts/run_until_done.sh" ./pretend run 3:75 3:75 4:0 --resume auto > run.txt 2>&1)
+check $? "the trainer's own --out"
+not_started() {      # not_started NAME STATUS REGEX COMMAND...
+    local name="$1" wanted="$2" words="$3" status; shift 3
+    scripts/run_until_done.sh "$@" > "$work/$name.txt" 2>&1; status=$?
+    [ $status -eq "$wanted" ]; check $? "$name: status $wanted (got $status)"
+    has "$name" "$work/$name.txt" "$words"
+    ! [ -e "$work/$name/calls" ]; check $? "$name: not started"
+}
+not_started nonesuch 127 'No such file' "$work/nonesuch" --resume auto
+not_started usage 1 'run_until_done.sh COMMAND'
+not_started no-resume 1 'needs --resume auto' "$work/pretend" "$work/no-resume" 3:75 4:0
+not_started resume-dir 1 'from there each time' "$work/pretend" "$work/resume-dir" 3:75 4:0 --resume "$work/x/checkpoints/step_000003"
 
 signalled() {      # signalled SIGNAL STATUS WANTED: the command gets it once, is not started again
     local folder="$work/signal-$1-$2" status wrapper
     mkdir -p "$folder"
     # A shell starts what is in its background deaf to SIGINT.
-    env --default-signal=INT scripts/run_until_done.sh "$work/wait" "$folder" "$2" > "$folder/words" 2>&1 &
+    env --default-signal=INT scripts/run_until_done.sh "$work/wait" "$folder" "$2" --resume auto > "$folder/words" 2>&1 &
     wrapper=$!
     wait_for "$folder/ready" .
     kill "-$1" $wrapper
@@ -94,7 +102,7 @@ signalled HUP 0 0
 signalled USR1 75 75
 # USR2 is for the script alone.
 mkdir -p "$work/usr2"
-scripts/run_until_done.sh "$work/wait" "$work/usr2" 75 > "$work/usr2.txt" 2>&1 &
+scripts/run_until_done.sh "$work/wait" "$work/usr2" 75 --resume auto > "$work/usr2.txt" 2>&1 &
 wrapper=$!
 wait_for "$work/usr2/ready" .
 kill -USR2 $wrapper
@@ -114,7 +122,7 @@ trap 'exit 137' TERM
 "$@" & wait $!
 END
 chmod +x "$work/bin/srun"
-PATH="$work/bin:$PATH" scripts/run_until_done.sh srun --label "$work/wait" "$work/srun-term" 75 > "$work/srun-term.txt" 2>&1 &
+PATH="$work/bin:$PATH" scripts/run_until_done.sh srun --label "$work/wait" "$work/srun-term" 75 --resume auto > "$work/srun-term.txt" 2>&1 &
 wrapper=$!
 wait_for "$work/srun-term/ready" .
 kill -TERM $wrapper
@@ -122,6 +130,32 @@ wait_for "$work/srun-term.txt" SIGTERM
 kill -TERM "$(cat "$work/srun-term/ready")"
 wait $wrapper; status=$?
 [ $status -eq 75 ]; check $? "SIGTERM does not go to srun, which would kill its tasks (status $status)"
+
+# mpirun: of its first signal it is told what it passes on, of the second itself. `stubborn FOLDER STATUS` wants two.
+mkdir -p "$work/mpirun-int" "$work/mpirun-twice" "$work/mpi"
+cat > "$work/stubborn" << 'END'
+#!/usr/bin/env bash
+for name in INT TERM USR1; do trap "echo got $name >> $1/signals; signals=x\${signals:-}" $name; done
+echo $$ >> "$1/ready"
+for _ in {1..400}; do sleep 0.05; [ "${signals:-}" = xx ] && exit "$2"; done
+END
+chmod +x "$work/stubborn"
+ln -s "$work/wait" "$work/mpi/mpirun"
+env --default-signal=INT scripts/run_until_done.sh "$work/mpi/mpirun" "$work/mpirun-int" 75 --resume auto > "$work/mpirun-int.txt" 2>&1 &
+wrapper=$!
+wait_for "$work/mpirun-int/ready" .
+kill -INT $wrapper
+wait $wrapper; status=$?
+[ $status -eq 75 ] && [ "$(cat "$work/mpirun-int/signals")" = "got USR1" ]; check $? "SIGINT becomes SIGUSR1 for mpirun (status $status)"
+ln -sf "$work/stubborn" "$work/mpi/mpirun"
+env --default-signal=INT scripts/run_until_done.sh "$work/mpi/mpirun" "$work/mpirun-twice" 1 --resume auto > "$work/mpirun-twice.txt" 2>&1 &
+wrapper=$!
+wait_for "$work/mpirun-twice/ready" .
+kill -INT $wrapper
+wait_for "$work/mpirun-twice/signals" USR1
+kill -INT $wrapper
+wait $wrapper; status=$?
+[ $status -eq 1 ] && [ "$(tr '\n' ' ' < "$work/mpirun-twice/signals")" = "got USR1 got INT " ]; check $? "and a second one stays what it is (status $status)"
 
 # ---- speedrun_8xh100.sh --------------------------------------------------------------------
 # Its own copy of the tree, so that the program under test is the one it finds.
@@ -144,6 +178,21 @@ for recipe in modern untied unet sub3_20 sub3 normuon; do
 done
 speedrun three --cpu --ranks 4 --data tree/data -- "${small[@]}" --steps 3 --out "$work/three"; check $? "four ranks"
 has "flags behind -- win" "$work/three/log.txt" '^step:3/3 val_loss:[0-9]'
+! [ -e "$work/three/checkpoints" ]; check $? "a speedrun writes no checkpoints"
+speedrun second modern --cpu --data tree/data -- "${small[@]}"; check $? "a second rehearsal"
+has "a second rehearsal" "$work/tree/runs/rehearsal-modern-2/log.txt" '^step:2/2 val_loss:[0-9]'
+# Ctrl-C, and on.
+(cd "$work" && exec env --default-signal=INT tree/scripts/speedrun_8xh100.sh untied --cpu --data tree/data -- "${small[@]}" --steps 150 \
+    > stopped.txt 2>&1) &
+wait_for "$work/tree/runs/rehearsal-untied-2/log.txt" '^step:2/'; check $? "a rehearsal that is stopped"
+kill -INT $!
+wait $!; status=$?
+[ $status -eq 75 ]; check $? "Ctrl-C: status 75 (got $status)"
+has "Ctrl-C" "$work/stopped.txt" 'goes on with -- --resume auto --out runs/rehearsal-untied-2'
+step=$(basename "$work"/tree/runs/rehearsal-untied-2/checkpoints/step_*)
+speedrun resumed-run untied --cpu --data tree/data -- "${small[@]}" --steps 150 --resume auto --val-every 1000; check $? "--resume auto"
+has "--resume auto" "$work/tree/runs/rehearsal-untied-2/log.txt" "resumed from runs/rehearsal-untied-2/checkpoints/$step: "
+! [ -e "$work/tree/runs/rehearsal-untied-3" ]; check $? "--resume auto: in the last folder"
 refused() {      # refused NAME REGEX ARGUMENTS...: status 1, these words and no run
     local name="$1" words="$2"; shift 2
     speedrun "$name" "$@"; local status=$?
@@ -206,15 +255,15 @@ batch() {      # batch NAME PROGRAM ARGUMENTS...
     export SLURM_SUBMIT_DIR="$root" SLURM_JOB_ID=17 SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=16 PROGRAM="$program" TASK="$work/$name/ready"
     exec timeout 60 bash scripts/multi_node.sbatch "$work/$name" "$@" > "$work/$name.txt" 2>&1
 }
-(batch batch-done "$work/pretend" 5:75 9:0 --out "$work/batch-done"); check $? "sbatch: resumed, done"
+(batch batch-done "$work/pretend" 5:75 9:0 --out "$work/batch-done" --resume auto); check $? "sbatch: resumed, done"
 has "sbatch" "$work/batch-done.txt" '2 nodes, 16 ranks, --mpi=none'
-(batch batch-error "$work/pretend" 5:3); [ $? -eq 3 ]; check $? "sbatch: an error is the end"
+(batch batch-error "$work/pretend" 5:3 --resume auto); [ $? -eq 3 ]; check $? "sbatch: an error is the end"
 ! [ -e "$work/slurm.txt" ]; check $? "sbatch: nothing put back into the queue"
 time_is_up() {      # time_is_up STATUS STARTS REQUEUED: what the tasks end with, how often Slurm started the job anew, what it is told
     local name="batch-$1-$2" batch got
     rm -f "$work/slurm.txt"
     # shellcheck disable=SC2030    # meant for the subshell alone
-    (export SLURM_RESTART_COUNT="$2"; batch "$name" "$work/wait" "$1") &
+    (export SLURM_RESTART_COUNT="$2"; batch "$name" "$work/wait" "$1" --resume auto) &
     batch=$!
     wait_for "$work/$name/ready" .
     kill -USR1 "$(pgrep -P $batch)"      # behind timeout
@@ -230,9 +279,19 @@ time_is_up 75 20 0
 time_is_up 130 0 0
 # shellcheck disable=SC2031    # set here for the first time
 export SLURM_RESTART_COUNT=20; rm -f "$work/slurm.txt"
-(batch batch-often "$work/pretend" 5:75 5:75 5:75); [ $? -eq 1 ]; check $? "sbatch: without progress"
+(batch batch-often "$work/pretend" 5:75 5:75 5:75 --out "$work/batch-often" --resume auto); [ $? -eq 1 ]; check $? "sbatch: without progress"
 ! [ -e "$work/slurm.txt" ]; check $? "sbatch: without progress not put back"
 unset SLURM_RESTART_COUNT
+# scancel: the tasks end with a checkpoint, and that is all.
+(batch batch-cancel "$work/wait" 75 --resume auto) &
+batch=$!
+wait_for "$work/batch-cancel/ready" .
+kill -TERM "$(pgrep -P $batch)" "$(cat "$work/batch-cancel/ready")"
+wait $batch; status=$?
+[ $status -eq 75 ]; check $? "sbatch, cancelled: status 75 (got $status)"
+! [ -e "$work/slurm.txt" ]; check $? "sbatch, cancelled: not put back into the queue"
+(batch batch-no-resume "$work/pretend" 5:75); [ $? -eq 1 ]; check $? "sbatch: without --resume auto"
+has "sbatch" "$work/batch-no-resume.txt" 'needs --resume auto'
 
 # ---- try_link.sh ---------------------------------------------------------------------------
 link() { scripts/try_link.sh "$work/link/ok" "$@" > "$work/link.txt" 2>&1; }

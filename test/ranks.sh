@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # test/ranks.sh PROGRAM [CHECK_TRACE]: the trainer as several ranks under mpirun, on shards made from this repository's own text.
 #   1, 2, 3, 4 and 8 ranks, --zero 0 and 1: the losses of one rank, equal bits when repeated and in other orders of execution
-#   bytes on the wire by the formula, who writes which log, --trace, a signal to one rank
+#   bytes on the wire by the formula, who writes which log, --trace
 #   ranks that do not belong together, data that is not there, too few devices, a full /dev/shm: one message, and all end
-# The kill of a rank has a test of its own: test/faults.sh.
+# Tests of their own have the kill of a rank (test/faults.sh), signals and resuming (test/resume.sh).
 set -u
 program=$(realpath "$1")
 tools=$(dirname "$program")
@@ -70,7 +70,14 @@ close() {      # close NAME RANKS EVENT COUNT: as many losses as that, near thos
     check $? "$1: near those of one rank: $words"
     [ -n "${VERBOSE:-}" ] && echo "note  $1: $words"
 }
-notes=()
+
+rank_pid() {      # rank_pid NAME RANK: of the run into $work/NAME
+    local pid
+    for pid in $(pgrep -f -- "--out $work/$1( |\$)"); do
+        tr '\0' '\n' < "/proc/$pid/environ" 2> /dev/null | grep -qxE "(OMPI_COMM_WORLD_RANK|PMI_RANK)=$2" && echo "$pid"
+    done
+}
+wait_for_line() { for _ in $(seq 300); do grep -q "$2" "$1" 2> /dev/null && return; sleep 0.1; done; }      # FILE REGEX
 
 # ---- any number of ranks -------------------------------------------------------------------
 run_well zero1-1 1
@@ -104,7 +111,7 @@ for ranks in 2 4 8; do
         parameters=$(sed -nE 's/^parameters ([0-9]+),.*/\1/p' "$work/dry-$ranks.txt")
         part=$(((ranks - 1) * ${parameters:-0} / ranks * size))
         micro=$((768 / 32 / ranks))
-        sums=$((2 * (ranks - 1) * ((3 + micro + ranks - 1) / ranks) * 4))
+        sums=$((2 * (ranks - 1) * ((8 + micro + ranks - 1) / ranks) * 4))
         if [ $zero -eq 1 ]; then want="$part $part $sums"; else want="$((2 * part)) 0 $sums"; fi
         [ "$(wire dry-$ranks)" = "$want" ] && [ $part -gt 0 ]
         check $? "--ranks $ranks --zero $zero: bytes to reduce, to gather, for sums are $want (found $(wire dry-$ranks))"
@@ -119,7 +126,7 @@ done
 
 # ---- who writes what -----------------------------------------------------------------------
 for ranks in 2 8; do
-    want="log.jsonl $(for ((r = 1; r < ranks; r++)); do echo log.rank$r.txt; done | tr '\n' ' ')log.txt model.safetensors "
+    want="checkpoints log.jsonl $(for ((r = 1; r < ranks; r++)); do echo log.rank$r.txt; done | tr '\n' ' ')log.txt model.safetensors "
     found=$(ls "$work/zero1-$ranks" | tr '\n' ' ')
     [ "$found" = "$want" ]; check $? "files of $ranks ranks: $found"
     for ((r = 1; r < ranks; r++)); do
@@ -157,124 +164,117 @@ check $? "trace-data: a step waits for data: $(grep -m1 FAIL "$work/trace-data.c
 # ---- other orders of execution -------------------------------------------------------------
 # Work of a stream waits until something synchronises, and blocks run in another order: a missing event is a wrong number.
 for ranks in 2 3; do
-    for seed in 7 12345; do
-        HOST_STREAMS=lazy HOST_SCHED=$seed run_well lazy-$ranks-$seed $ranks
-        same_weights "$ranks ranks, lazy streams, order $seed: weights" zero1-$ranks lazy-$ranks-$seed
-    done
-done
-
-# ---- a signal to one rank ------------------------------------------------------------------
-rank_pid() {      # rank_pid NAME RANK: of the run into $work/NAME
-    local pid
-    for pid in $(pgrep -f -- "--out $work/$1( |\$)"); do
-        tr '\0' '\n' < "/proc/$pid/environ" 2> /dev/null | grep -qxE "(OMPI_COMM_WORLD_RANK|PMI_RANK)=$2" && echo "$pid"
-    done
-}
-wait_for_line() { for _ in $(seq 300); do grep -q "$2" "$1" 2> /dev/null && return; sleep 0.1; done; }      # FILE REGEX
-last_step() { sed -nE 's/^step:([0-9]+)\/.* train_loss:.*/\1/p' "$1" | tail -1; }
-for signal in INT TERM; do
-    name=stopped-$signal
-    run $name 3 --steps 100000 --val-every 100000 &
-    wait_for_line "$work/$name/log.txt" '^step:8/'
-    kill -$signal "$(rank_pid $name 1)"
-    wait $!; status=$?
-    [ $status -eq 130 ]; check $? "SIG$signal to rank 1 ends the run with 130 (got $status)"
-    step=$(last_step "$work/$name/log.txt")
-    for r in 1 2; do
-        [ "$(last_step "$work/$name/log.rank$r.txt")" = "$step" ]; check $? "SIG$signal: rank $r stopped after step ${step:-none} too"
-    done
-    [ "$(ls "$work/$name")" = $'log.jsonl\nlog.rank1.txt\nlog.rank2.txt\nlog.txt\nmodel.safetensors' ]; check $? "SIG$signal: saved once"
-    grep -aq "\"step\":\"$step\"" "$work/$name/model.safetensors"; check $? "SIG$signal: the weights are those after step $step"
-    [ "$(grep -c '^RESULT' "$work/$name.txt")" -eq 1 ]; check $? "SIG$signal: one RESULT"
-    ! grep -q '^train_gpt2: ' "$work/$name.err"; check $? "SIG$signal: no complaint: $(head -1 "$work/$name.err")"
+    seed=$((12345 / ranks))
+    HOST_STREAMS=lazy HOST_SCHED=$seed run_well lazy-$ranks $ranks
+    same_weights "$ranks ranks, lazy streams, order $seed: weights" zero1-$ranks lazy-$ranks
 done
 
 # ---- what is refused -----------------------------------------------------------------------
-refused() {      # refused NAME STATUS REGEX: the words of run NAME are one message, which says that, and nothing was trained
-    local count; count=$(grep -c '^train_gpt2: ' "$work/$1.err")
-    [ "$2" -eq 1 ]; check $? "refused $1: exit 1 (got $2)"
-    [ "$count" -eq 1 ]; check $? "refused $1: one message (found $count): $(grep -m2 '^train_gpt2: ' "$work/$1.err" | tr '\n' ' ')"
-    grep -A3 '^train_gpt2: ' "$work/$1.err" | grep -qE -- "$3"
-    check $? "refused $1: says $3: $(grep -m1 '^train_gpt2: ' "$work/$1.err")"
-    ! [ -e "$work/$1/model.safetensors" ]; check $? "refused $1: nothing is saved"
+# mpirun takes two seconds to end where a rank ends with an error: these runs wait for that at the same time.
+later=() words=()
+refused() {      # refused NAME REGEX COMMAND...: starts it; judge then says whether it is refused with these words
+    later+=("$1") words+=("$2")
+    ("${@:3}"; echo $? > "$work/$1.status") &
 }
-pair() {      # pair NAME FLAG VALUE VALUE REGEX: two ranks of other flags
+judge() {      # each run has ended with one message, which says what it should, and nothing was trained
+    local i name count status
+    wait
+    for i in "${!later[@]}"; do
+        name=${later[i]}
+        count=$(grep -c '^train_gpt2: ' "$work/$name.err") status=$(cat "$work/$name.status")
+        [ "$status" -eq 1 ]; check $? "refused $name: exit 1 (got $status)"
+        [ "$count" -eq 1 ]; check $? "refused $name: one message (found $count): $(grep -m2 '^train_gpt2: ' "$work/$name.err" | tr '\n' ' ')"
+        grep -A3 '^train_gpt2: ' "$work/$name.err" | grep -qE -- "${words[i]}"
+        check $? "refused $name: says ${words[i]}: $(grep -m1 '^train_gpt2: ' "$work/$name.err")"
+        ! [ -e "$work/$name/model.safetensors" ]; check $? "refused $name: nothing is saved"
+    done
+    later=() words=()
+}
+pair() {      # pair NAME FLAG VALUE VALUE: two ranks of other flags
     flags "$1" --steps 3
     timeout -k 10 60 mpirun -np 1 "$program" "${line[@]}" "$2" "$3" : -np 1 "$program" "${line[@]}" "$2" "$4" \
         > "$work/$1.txt" 2> "$work/$1.err"
-    refused "$1" $? "$5"
 }
-pair seeds --seed 1 2 'rank 1 .*seed is 2, rank 0 has 1'
-pair rates --muon-lr 0.01 0.02 'rank 1 .*muon-lr is 0.02, rank 0 has 0.01'
 cp "$program" "$work/other_program"
 printf '\0' >> "$work/other_program"
-flags programs --steps 3 --recipe "$PWD/scripts/recipes/modern.cfg"
-timeout -k 10 60 mpirun -np 2 "$program" "${line[@]}" : -np 1 "$work/other_program" "${line[@]}" \
-    > "$work/programs.txt" 2> "$work/programs.err"
-refused programs $? 'rank 2 .*program is [0-9a-f]{16}, rank 0 has [0-9a-f]{16}'
-
-run count 2 --ranks 4; refused count $? '--ranks 4, but 2 take part'
-run flag 4 --stepz 5; refused flag $? 'no flag --stepz'
-run batch 5; refused batch $? 'batch-tokens 768 is not a multiple of 5 ranks'
-HOST_DEVICES=2 run devices 3; refused devices $? 'ranks 0 and 2 are both on GPU'
-run out 3 --out "$work/text_train_000001.bin/run"; refused out $? 'out .*text_train_000001.bin'
-run sampling 2 --load "$work/zero1-1/model.safetensors" --train '' --sample-tokens 5; refused sampling $? 'samples on one rank'
+programs() {      # programs NAME: rank 2 is another one
+    flags "$1" --steps 3 --recipe "$PWD/scripts/recipes/modern.cfg"
+    timeout -k 10 60 mpirun -np 2 "$program" "${line[@]}" : -np 1 "$work/other_program" "${line[@]}" > "$work/$1.txt" 2> "$work/$1.err"
+}
+refused seeds 'rank 1 .*seed is 2, rank 0 has 1' pair seeds --seed 1 2
+refused rates 'rank 1 .*muon-lr is 0.02, rank 0 has 0.01' pair rates --muon-lr 0.01 0.02
+refused programs 'rank 2 .*program is [0-9a-f]{16}, rank 0 has [0-9a-f]{16}' programs programs
+refused count '--ranks 4, but 2 take part' run count 2 --ranks 4
+refused flag 'no flag --stepz' run flag 4 --stepz 5
+refused batch 'batch-tokens 768 is not a multiple of 5 ranks' run batch 5
+HOST_DEVICES=2 refused devices 'ranks 0 and 2 are both on GPU' run devices 3
+refused out 'out .*text_train_000001.bin' run out 3 --out "$work/text_train_000001.bin/run"
+refused sampling 'samples on one rank' run sampling 2 --load "$work/zero1-1/model.safetensors" --train '' --sample-tokens 5
+judge
 
 # Each rank looks for its data where it stands, as where a disk belongs to a node.
 cat > "$work/in_own_folder" << END
 #!/usr/bin/env bash
-cd "$work/folder\${OMPI_COMM_WORLD_RANK:-\$PMI_RANK}" && exec \$BEFORE "\$@"
+cd "\$1.\${OMPI_COMM_WORLD_RANK:-\$PMI_RANK}" && shift && exec \$BEFORE "\$@"
 END
 chmod +x "$work/in_own_folder"
+folders() {      # folders NAME: of three ranks, NAME.0 .. NAME.2
+    local r
+    for r in 0 1 2; do
+        mkdir "$work/$1.$r"
+        cp "$work/text_train_000001.bin" "$work/$1.$r/train1.bin"
+        cp "$work/text_val_000000.bin" "$work/$1.$r/val0.bin"
+    done
+}
 apart() {      # apart NAME FLAGS...: three ranks, each in its folder
     flags "$@" --recipe "$PWD/scripts/recipes/modern.cfg" --train 'train*.bin' --val 'val*.bin'
-    timeout -k 10 60 mpirun -np 3 "$work/in_own_folder" "$program" "${line[@]}" > "$work/$1.txt" 2> "$work/$1.err"
+    timeout -k 10 60 mpirun -np 3 "$work/in_own_folder" "$work/$1" "$program" "${line[@]}" > "$work/$1.txt" 2> "$work/$1.err"
 }
-for r in 0 1 2; do
-    mkdir "$work/folder$r"
-    cp "$work/text_train_000001.bin" "$work/folder$r/train1.bin"
-    cp "$work/text_val_000000.bin" "$work/folder$r/val0.bin"
-done
-BEFORE='' apart same-data --steps 3 --out run; check $? "three ranks with data of their own that is the same"
-[ "$(ls -x "$work/folder0/run")" = "log.jsonl  log.txt  model.safetensors" ]; check $? "rank 0 writes logs and weights"
-[ "$(ls "$work/folder1/run")" = log.rank1.txt ]; check $? "rank 1 writes its log and nothing else: $(ls -x "$work/folder1/run")"
-cp "$work/folder2/train1.bin" "$work/folder2/train2.bin"
-BEFORE='' apart shards --steps 3; refused shards $? 'rank 2 .*number of training shards is 2, rank 0 has 1'
-mv "$work/folder2/train2.bin" "$work/folder2/train1.bin"
-mv "$work/folder1/train1.bin" "$work/folder1/train3.bin"
-BEFORE='' apart names --steps 3; refused names $? 'rank 1 .*names and sizes of the training shards'
-mv "$work/folder1/train3.bin" "$work/folder1/train1.bin"
-"$tools/text_to_shards" --out "$work/shorter" llmc/*.cuh > /dev/null
-cp "$work/shorter_train_000001.bin" "$work/folder1/train1.bin"
-BEFORE='' apart sizes --steps 3; refused sizes $? 'rank 1 .*number of training tokens is [0-9]+, rank 0 has [0-9]+'
-rm "$work/folder1/train1.bin"
-BEFORE='' apart no-data --steps 3; refused no-data $? "rank 1: no file matches 'train"
-has "no data" "$work/no-data/log.rank1.txt" "^train_gpt2: rank 1: no file matches 'train"
-mkdir "$work/folder1/train1.bin"
-BEFORE='' apart no-file --steps 3; refused no-file $? 'rank 1: train1.bin: not a file'
-rmdir "$work/folder1/train1.bin"
-cp "$work/text_train_000001.bin" "$work/folder1/train1.bin"
-chmod 000 "$work/folder1/train1.bin"
+export BEFORE=''
+folders same
+apart same --steps 3 --out run --checkpoint-every 0; check $? "three ranks with data of their own that is the same"
+[ "$(ls -x "$work/same.0/run")" = "log.jsonl  log.txt  model.safetensors" ]; check $? "rank 0 writes logs and weights"
+[ "$(ls "$work/same.1/run")" = log.rank1.txt ]; check $? "rank 1 writes its log and nothing else: $(ls -x "$work/same.1/run")"
+# Checkpoints want one disk for all; training goes on without.
+folders disks
+apart disks --steps 3 --out run --checkpoint-every 2; check $? "three ranks whose disks are their own"
+has disks "$work/disks.err" '^train_gpt2: no checkpoint of step 2: rank 0: .*state.rank[12].safetensors'
+[ -z "$(find "$work"/disks.? -name 'step_*')" ]; check $? "disks: nothing has a checkpoint's name"
+folders shards; cp "$work/shards.2/train1.bin" "$work/shards.2/train2.bin"
+refused shards 'rank 2 .*number of training shards is 2, rank 0 has 1' apart shards --steps 3
+folders names; mv "$work/names.1/train1.bin" "$work/names.1/train3.bin"
+refused names 'rank 1 .*names and sizes of the training shards' apart names --steps 3
+folders sizes; "$tools/text_to_shards" --out "$work/shorter" llmc/*.cuh > /dev/null
+cp "$work/shorter_train_000001.bin" "$work/sizes.1/train1.bin"
+refused sizes 'rank 1 .*number of training tokens is [0-9]+, rank 0 has [0-9]+' apart sizes --steps 3
+folders no-data; rm "$work/no-data.1/train1.bin"
+refused no-data "rank 1: no file matches 'train" apart no-data --steps 3
+folders no-file; rm "$work/no-file.1/train1.bin"; mkdir "$work/no-file.1/train1.bin"
+refused no-file 'rank 1: train1.bin: not a file' apart no-file --steps 3
+folders unreadable; chmod 000 "$work/unreadable.1/train1.bin"
 # Root may read everything, unless it lays that right down.
 before=''; [ "$(id -u)" -eq 0 ] && before='setpriv --bounding-set=-dac_override,-dac_read_search'
-if $before true 2> /dev/null && ! $before cat "$work/folder1/train1.bin" > /dev/null 2>&1; then
-    BEFORE=$before apart unreadable --steps 3; refused unreadable $? 'rank 1: train1.bin: cannot be opened: Permission denied'
+if $before true 2> /dev/null && ! $before cat "$work/unreadable.1/train1.bin" > /dev/null 2>&1; then
+    BEFORE=$before refused unreadable 'rank 1: train1.bin: cannot be opened: Permission denied' apart unreadable --steps 3
 else
     skip "a file that one rank may not read: setpriv does not take root's rights away here"
 fi
-chmod 644 "$work/folder1/train1.bin"
 # And one whose file is cut while it trains: it alone sees that, and all end.
-BEFORE='' apart cut --steps 100000 --val-every 100000 &
+folders cut
+refused cut 'rank 1: train1.bin: ends at byte' apart cut --steps 100000 --val-every 100000
 wait_for_line "$work/cut/log.rank1.txt" '^step:2/'
-: > "$work/folder1/train1.bin"
-wait $!; refused cut $? 'rank 1: train1.bin: ends at byte'
+: > "$work/cut.1/train1.bin"
+judge
 
 # ---- /dev/shm ------------------------------------------------------------------------------
 if unshare -m mount -t tmpfs -o size=4m tmpfs /dev/shm 2> /dev/null; then
-    flags shm --steps 3
-    unshare -m bash -c 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec timeout -k 10 60 mpirun -np 2 "$@"' shm "$program" "${line[@]}" \
-        > "$work/shm.txt" 2> "$work/shm.err"
-    refused shm $? '/dev/shm has 4.0 MiB free, but 2 ranks'
+    full_shm() {
+        flags shm --steps 3
+        unshare -m bash -c 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec timeout -k 10 60 mpirun -np 2 "$@"' shm "$program" "${line[@]}" \
+            > "$work/shm.txt" 2> "$work/shm.err"
+    }
+    refused shm '/dev/shm has 4.0 MiB free, but 2 ranks' full_shm
+    judge
 else
     skip "a full /dev/shm: unshare -m is not permitted here"
 fi
@@ -286,7 +286,7 @@ wait_for_line "$work/alone/log.txt" '^step:2/'
 sockets=$(find /proc/$!/fd -lname 'socket:*' | wc -l) parts=$(grep -c 'mca_' /proc/$!/maps)
 kill -INT $!
 wait $!; status=$?
-[ $status -eq 130 ]; check $? "one process runs without an environment (exit $status)"
+[ $status -eq 75 ]; check $? "one process runs without an environment (exit $status)"
 [ "$sockets" -eq 0 ]; check $? "one process opens no socket ($sockets)"
 [ "$parts" -eq 0 ]; check $? "one process does not start MPI ($parts of its parts are loaded)"
 run three 3 --steps 100000 --val-every 100000 &
