@@ -298,9 +298,12 @@ static inline bool saver_collect(Saver* s, int index, FILE* files, FILE* tensors
     SafeFile f;
     checkpoint_file_name(name, sizeof name, index);
     snprintf(path, sizeof path, "%s/%s", s->part, name);
-    if (!safetensors_scan(&f, path, problem, sizeof problem))
-        return saver_refuse(s, path, index > 1 ? "was written by another rank (--out must be on a disk "
-                            "that all share), but" : "was written, but", problem);
+    if (!safetensors_scan(&f, path, problem, sizeof problem)) {
+        size_t n = strlen(problem);
+        if (index > 1)      // another rank's
+            snprintf(problem + n, sizeof problem - n, "; --out must be on a disk that all ranks share");
+        return saver_refuse(s, path, "was written, but", problem);
+    }
     const char* lines = s->weights;
     snprintf(step, sizeof step, "%" PRId64, s->info.step);
     snprintf(rank, sizeof rank, "%d", index - 1);
