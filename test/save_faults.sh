@@ -119,11 +119,14 @@ run_pair() {      # run_pair NAME VARIABLE=VALUE... -- FLAGS...
     timeout -k 10 60 env ${variables[@]+"${variables[@]}"} mpirun -np 2 "$program" "${line[@]}" "${short[@]}" --out "$work/$name" "$@" \
         > "$work/$name.txt" 2> "$work/$name.err"
 }
-run_pair pair --; check $? "two ranks: $(head -1 "$work/pair.err")"
+run_pair pair "${watched[@]}" FAULT_CALLS=write FAULT_RANK=1 FAULT_TRACE="$work/pair.trace" --
+check $? "two ranks: $(head -1 "$work/pair.err")"
+writes=$(wc -l < "$work/pair.trace")      # of rank 1, who has fewer
+[ "$writes" -ge 6 ]; check $? "two ranks: rank 1 writes $writes times"
 [ "$(newest pair)" = 6 ]; check $? "two ranks: the newest checkpoint: $(newest pair)"
 for rank in 0 1; do
     for mode in go stop; do
-        at=$((1 + RANDOM % 20))
+        at=$((1 + RANDOM % writes))
         what="two ranks, no space for rank $rank from its write $at on, $mode"
         rm -rf "$work/run"
         run_pair run "${watched[@]}" FAULT_CALLS=write FAULT_RANK=$rank FAULT_AT=$at FAULT_TIMES=0 FAULT_ERROR=ENOSPC -- \
