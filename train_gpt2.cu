@@ -632,6 +632,9 @@ static int run(const Settings* cfg, TextCodec* codec, Ranks* ranks) {
     static Log log;
     static char taken[4096];
     int rank = ranks->rank, world = ranks->world, *batches = NULL;    // the loader's slots, pinned
+    on_signal(SIGINT, on_interrupt);      // heard at the latest after the first step
+    on_signal(SIGTERM, on_interrupt);
+    on_signal(SIGUSR1, on_interrupt);
     int64_t own = run_open(ranks, cfg, &lock, &from);
     bool resumed = from.info.flags != NULL;
     run.cfg = cfg, run.m = &model, run.data = &data, run.val = &val, run.codec = codec;
@@ -671,9 +674,6 @@ static int run(const Settings* cfg, TextCodec* codec, Ranks* ranks) {
     if (resumed) run_resume(&run, &from, taken);
     else if (cfg->load[0]) params_load(&model.params, cfg->load);
     if (resumed) checkpoint_close(&from);
-    on_signal(SIGINT, on_interrupt);
-    on_signal(SIGTERM, on_interrupt);
-    on_signal(SIGUSR1, on_interrupt);
     int status = train(&run);
 
     trace_close();
