@@ -273,6 +273,8 @@ echo $! > "$folder/pid${OMPI_COMM_WORLD_RANK:-$PMI_RANK}"
 trap '' INT TERM
 while true; do wait $!; status=$?; kill -0 $! 2> /dev/null || break; done
 echo $status > "$folder/status${OMPI_COMM_WORLD_RANK:-$PMI_RANK}"
+# mpirun kills the others a second after the first has ended with another status than 0: all are to be heard.
+for _ in $(seq 100); do [ "$(find "$folder" -name 'status*' | wc -l)" -eq 3 ] && break; sleep 0.1; done
 exit $status
 END
 chmod +x "$work/rank"
