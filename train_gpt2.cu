@@ -449,8 +449,10 @@ static void run_not_finite(Run* r, const StepSlot* slot, const StepStats* stats)
             break;
         case FLAG_NONFINITE_ROLLBACK: goes_on = run_back(r, slot, why, sizeof why); break;
     }
-    log_warn(r->log, "%s%s%s", text, why, goes_on ? "" : "\ntry a lower learning rate, or look at "
-             "that data; --on-nonfinite skip or rollback goes on by itself");
+    bool asked = r->cfg->on_nonfinite == FLAG_NONFINITE_STOP;
+    log_warn(r->log, "%s%s%s%s", text, why,
+             goes_on ? "" : "\ntry a lower learning rate, or look at that data",
+             asked ? "; --on-nonfinite skip or rollback goes on by itself" : "");
     if (!goes_on) r->status = STATUS_NOT_FINITE;
 }
 

@@ -660,7 +660,7 @@ static void check_weights(Verdict* v, const TraceFile* t, int begin, int gather,
 
 // Groups of a bank go out in the order in which the next forward wants them, and it begins before
 // the last one is there. That is asked of the next step, and not where an evaluation lies between.
-// (Saved weights wait for all: where --save-every falls into the trace, this finds them.)
+// (A checkpoint's copy waits for all: where --checkpoint-every falls into the trace, this finds it.)
 static void check_hiding(Verdict* v, const TraceFile* t, int begin, int end) {
     const Item* last = NULL;
     bool several = false;
