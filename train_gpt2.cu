@@ -420,7 +420,8 @@ static bool run_back(Run* r, const StepSlot* slot, char* why, size_t size) {
     if (!path[0]) return false;
     snprintf(why, size, "went back %d times and came no farther", ROLLBACKS_IN_A_ROW);
     if (++r->rollbacks > ROLLBACKS_IN_A_ROW) return false;
-    if (!checkpoint_open(&from, path, problem, sizeof problem)) die("%s: %s", path, problem);
+    if (!checkpoint_try_open(&from, path, false, problem, sizeof problem))
+        die("%s: %s", path, problem);
     run_restore(r, &from);
     loader_restore(r->data, &behind);
     r->epoch = behind.epoch;
@@ -609,7 +610,9 @@ static int64_t run_open(Ranks* ranks, const Settings* cfg, OutLock* lock, Checkp
     int64_t own = -1;
     if (ranks->rank == 0) out_claim(lock, cfg->out);
     if (cfg->resume[0]) run_find(ranks, cfg->out, cfg->resume, path, sizeof path);
-    if (path[0] && !checkpoint_open(from, path, problem, sizeof problem))
+    // One rank looks at every byte, if it has not just done so; all check what they read.
+    bool every_byte = ranks->rank == 0 && !automatic;
+    if (path[0] && !checkpoint_try_open(from, path, every_byte, problem, sizeof problem))
         die("--resume: %s: %s\n--resume auto takes the newest valid one in --out", path, problem);
     if (ranks->rank == 0 && path[0] && out_owns(cfg->out, path)) {
         own = from->info.step;
