@@ -24,6 +24,7 @@ test        test/test_services.c: common
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 // The name that opens every error message; the tools in dev/ and the tests set their own.
 static const char* program_name = "train_gpt2";
@@ -88,6 +89,13 @@ static inline void on_signal(int number, void (*handler)(int)) {
 
 static inline size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
+}
+
+// Seconds, from some time on; for differences.
+static inline double clock_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 // Host memory that exists or the program ends. Zeroed, because a count times a size is checked by

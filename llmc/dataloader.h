@@ -343,12 +343,6 @@ static inline LoaderEnd loader_fill(Loader* l, LoaderSlot* slot) {
 
 // ---- the thread ----------------------------------------------------------------------------
 
-static inline double loader_clock(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static inline void* loader_thread(void* argument) {
     Loader* l = (Loader*)argument;
     for (;;) {
@@ -359,7 +353,7 @@ static inline void* loader_thread(void* argument) {
         pthread_mutex_unlock(&l->lock);
         if (stop) return NULL;
         int64_t step = l->ahead.step + 1;
-        double from = l->spec.watch ? loader_clock() : 0;
+        double from = l->spec.watch ? clock_now() : 0;
         LoaderEnd end = loader_fill(l, &l->slots[l->filled % LOADER_SLOTS]);
         pthread_mutex_lock(&l->lock);
         l->filled += end == LOADER_GOES_ON;
@@ -368,7 +362,7 @@ static inline void* loader_thread(void* argument) {
         pthread_cond_signal(&l->changed);
         pthread_mutex_unlock(&l->lock);
         if (end != LOADER_GOES_ON) return NULL;
-        if (l->spec.watch) l->spec.watch("loader", "read", step, from, loader_clock(), ready);
+        if (l->spec.watch) l->spec.watch("loader", "read", step, from, clock_now(), ready);
     }
 }
 
@@ -401,10 +395,10 @@ static inline void loader_stop(Loader* l) {
 static inline LoaderEnd loader_await(Loader* l) {
     pthread_mutex_lock(&l->lock);
     bool waits = l->filled == l->taken && l->end == LOADER_GOES_ON;
-    double from = waits ? loader_clock() : 0;
+    double from = waits ? clock_now() : 0;
     while (l->filled == l->taken && l->end == LOADER_GOES_ON)
         pthread_cond_wait(&l->changed, &l->lock);
-    double to = waits ? loader_clock() : 0;
+    double to = waits ? clock_now() : 0;
     int ready = (int)(l->filled - l->taken);
     LoaderEnd end = ready > 0 ? LOADER_GOES_ON : l->end;
     pthread_mutex_unlock(&l->lock);
@@ -515,7 +509,7 @@ static inline const Batch* loader_next(Loader* l) {
     int ready = (int)(l->filled - ++l->taken);
     pthread_mutex_unlock(&l->lock);
     if (l->spec.watch) {
-        double now = loader_clock();
+        double now = clock_now();
         l->spec.watch("host", "wait", l->position.step + 1, now, now, ready);
     }
     l->position = slot->after;

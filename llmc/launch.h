@@ -81,12 +81,6 @@ typedef struct LaunchLine {
 
 // ---- time and bytes ------------------------------------------------------------------------
 
-static inline double net_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static inline void net_sleep(double seconds) {
     struct timespec t = { (time_t)seconds, (long)((seconds - floor(seconds)) * 1e9) };
     while (nanosleep(&t, &t) != 0 && errno == EINTR) {}
@@ -96,7 +90,7 @@ static inline void net_sleep(double seconds) {
 // may be INFINITY.
 static inline bool net_ready(int fd, short events, double deadline) {
     for (;;) {
-        double left = deadline - net_now();
+        double left = deadline - clock_now();
         struct pollfd p = { fd, events, 0 };
         int n = poll(&p, 1, left > 0 ? (int)(1e3 * (left < 1e6 ? left : 1e6)) + 1 : 0);
         if (n > 0) return true;
@@ -339,7 +333,7 @@ static inline void launch_admit(const Launch* l, LaunchLine* lines, int fd, cons
     if (h->line == LINE_TALK) line->place = h->place;
     LaunchHello mine = launch_hello(l, h->line);
     launch_tune(fd);
-    net_write(fd, &mine, sizeof mine, net_now() + 1);    // if not, it is seen to be gone
+    net_write(fd, &mine, sizeof mine, clock_now() + 1);    // if not, it is seen to be gone
     __atomic_store_n(fd_of_line, fd, __ATOMIC_RELEASE);
 }
 
@@ -359,16 +353,16 @@ static inline __attribute__((noreturn)) void launch_miss(const Launch* l, const 
 
 // Rank 0 waits for the others. lines (world).
 static inline void launch_accept(Launch* l, LaunchLine* lines) {
-    double deadline = net_now() + l->timeout;
+    double deadline = clock_now() + l->timeout;
     if (l->listener < 0) l->listener = launch_listen(&l->port);
     for (int left = 2 * (l->world - 1); left > 0;) {
         LaunchHello hello;
         char more;
-        if (net_now() > deadline || !net_ready(l->listener, POLLIN, deadline))
+        if (clock_now() > deadline || !net_ready(l->listener, POLLIN, deadline))
             launch_miss(l, lines);
         int fd = accept4(l->listener, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0) continue;
-        bool ours = net_read(fd, &hello, sizeof hello, net_now() + 1) && hello.job == l->job;
+        bool ours = net_read(fd, &hello, sizeof hello, clock_now() + 1) && hello.job == l->job;
         // Who has waited too long has hung up, and stands in the queue once more.
         ours = ours && recv(fd, &more, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
         if (ours) launch_admit(l, lines, fd, &hello);
@@ -410,7 +404,7 @@ static inline int launch_call(const Launch* l, const struct addrinfo* a, int whi
 
 // Tries every address of every name until rank 0 answers.
 static inline int launch_find(const Launch* l, int which, LaunchPlace* place) {
-    double deadline = net_now() + l->timeout;
+    double deadline = clock_now() + l->timeout;
     char service[16], name[256];
     const char* reason = "";
     struct addrinfo hints = {}, *found;
@@ -425,7 +419,7 @@ static inline int launch_find(const Launch* l, int which, LaunchPlace* place) {
                 continue;
             }
             for (struct addrinfo* a = found; a && fd < 0; a = a->ai_next) {
-                double patience = net_now() + 10;
+                double patience = clock_now() + 10;
                 fd = launch_call(l, a, which, place, patience < deadline ? patience : deadline,
                                  &reason);
             }
@@ -433,7 +427,7 @@ static inline int launch_find(const Launch* l, int which, LaunchPlace* place) {
             if (fd >= 0) return fd;
         }
         net_sleep(0.05);
-    } while (net_now() < deadline);
+    } while (clock_now() < deadline);
     die("no connection to rank 0 at %.400s, port %d, within %.0f s: %s\nlook whether rank 0 was "
         "started, and whether host %s can reach it", l->names, l->port, l->timeout, reason,
         l->self.host);
@@ -499,7 +493,7 @@ static inline void launch_start(Launch* l, int* argc, char*** argv) {
     }
     if (l->world == 1) return;
     if (l->mpi && l->rank == 0) {
-        double seed[2] = { net_now(), (double)getpid() };
+        double seed[2] = { clock_now(), (double)getpid() };
         l->job = hash_bytes(l->job, seed, sizeof seed);
         l->listener = launch_listen(&l->port);
         launch_addresses(l->names, sizeof l->names);

@@ -44,12 +44,6 @@ typedef struct Clock {
     double total;               // seconds up to the last stop
 } Clock;
 
-static inline double clock_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static inline double clock_seconds(const Clock* c) {
     return c->total + (c->started ? clock_now() - c->started : 0);
 }

@@ -97,7 +97,7 @@ static inline bool ranks_claim(const Ranks* r, bool take) {
 // Rank 0 tells the others to end, by a byte, and waits until they have: a connection closed with
 // bytes still to be read would be reset, and the news lost.
 static inline void ranks_end_others(const Ranks* r) {
-    double deadline = net_now() + 1;
+    double deadline = clock_now() + 1;
     char rest;
     for (int p = 1; p < r->world; p++) {
         int fd = __atomic_load_n(&r->lines[p].fd[LINE_WATCH], __ATOMIC_ACQUIRE);
@@ -164,7 +164,7 @@ static void ranks_on_sigterm(int signal_number) {
 
 // A reason to end in `delay` seconds, if no other is earlier.
 static inline void ranks_blame(RankWatch* w, const char* message, double delay) {
-    double due = net_now() + delay;
+    double due = clock_now() + delay;
     if (w->told || (w->due > 0 && w->due <= due)) return;
     w->due = due;
     snprintf(w->cause, sizeof w->cause, "%s", message);
@@ -188,7 +188,7 @@ static inline __attribute__((noreturn)) void ranks_gone(Ranks* r, int rank, int 
 // There is something to read from rank p: rank 0's word to end, a rank's last message, or the end.
 static inline void ranks_hear(Ranks* r, RankWatch* w, int p) {
     char message[RANKS_MESSAGE];
-    if (net_read(w->fds[p].fd, message, r->rank ? 1 : sizeof message, net_now() + 1)) {
+    if (net_read(w->fds[p].fd, message, r->rank ? 1 : sizeof message, clock_now() + 1)) {
         if (r->rank) _exit(1);    // what there is to say has been said
         message[sizeof message - 1] = 0;
         // A rank may fail only because another has been killed, whose end is then about to be seen,
@@ -225,13 +225,13 @@ static inline void ranks_look(Ranks* r, RankWatch* w) {
 
 // Ends the process if it is time. Ranks that can leave the message to rank 0.
 static inline void ranks_judge(Ranks* r, RankWatch* w) {
-    if (!w->due || net_now() < w->due) return;
+    if (!w->due || clock_now() < w->due) return;
     if (!w->told) ranks_append_log(r, w->cause);
     int fd = __atomic_load_n(&r->lines[0].fd[LINE_WATCH], __ATOMIC_ACQUIRE);
     if (fd < 0 || w->told) ranks_end(r, w->cause);
     w->told = true;
-    w->due = net_now() + 2;    // by then rank 0 has answered, or never will
-    net_write(fd, w->cause, sizeof w->cause, net_now() + 1);
+    w->due = clock_now() + 2;    // by then rank 0 has answered, or never will
+    net_write(fd, w->cause, sizeof w->cause, clock_now() + 1);
 }
 
 static void* ranks_thread(void* context) {

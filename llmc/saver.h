@@ -101,12 +101,6 @@ static inline const char* saver_error(const Saver* s) {
     return s->error;
 }
 
-static inline double saver_clock(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 // "PATH WHAT WHY", and what it would have taken. Always false.
 static inline bool saver_refuse(Saver* s, const char* path, const char* what, const char* why) {
     struct statvfs disk;
@@ -461,18 +455,18 @@ static inline bool saver_finish(Saver* s) {
 
 static inline void* saver_write_thread(void* argument) {
     Saver* s = (Saver*)argument;
-    double from = saver_clock();
+    double from = clock_now();
     bool ok = saver_write(s);
-    s->seconds += saver_clock() - from;
+    s->seconds += clock_now() - from;
     saver_set(s, ok ? SAVER_WRITTEN : SAVER_FAILED);
     return NULL;
 }
 
 static inline void* saver_finish_thread(void* argument) {
     Saver* s = (Saver*)argument;
-    double from = saver_clock();
+    double from = clock_now();
     bool ok = saver_finish(s);
-    s->seconds += saver_clock() - from;
+    s->seconds += clock_now() - from;
     saver_set(s, ok ? SAVER_IDLE : SAVER_FAILED);
     return NULL;
 }

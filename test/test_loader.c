@@ -735,12 +735,12 @@ static void test_ahead(void) {
         spec.batching = BATCHING_STREAM;
         disk(1000, 1 << 30);
         loader_open(&l, &spec, NULL);
-        double start = loader_clock();
+        double start = clock_now();
         for (int i = 0; i < 20; i++) {
             loader_next(&l);
             if (busy) sleep_us(60000);
         }
-        double waited = l.waited, passed = loader_clock() - start;
+        double waited = l.waited, passed = clock_now() - start;
         loader_close(&l);
         disk(0, 1 << 30);
         // A busy machine may keep the thread from running; then the wait is still a small part.
@@ -1243,12 +1243,12 @@ static int64_t fuzz(uint64_t seed, int64_t count, double seconds, int64_t* refus
     static Corpus corpus;
     static unsigned char bytes[MUTANT_BYTES];
     int64_t bad = 0, i = 0;
-    double start = loader_clock();
+    double start = clock_now();
     corpus.count = 0;
     corpus_read(&corpus);
     death_thread = pthread_self();
     *refused = 0;
-    for (; i < count && loader_clock() - start < seconds; i++) {
+    for (; i < count && clock_now() - start < seconds; i++) {
         Dice d = { seed + (uint64_t)i, 0 };
         int files = 1 + (int)roll(&d, 2);
         for (int f = 0; f < 2; f++) {
@@ -1270,7 +1270,7 @@ static int64_t fuzz(uint64_t seed, int64_t count, double seconds, int64_t* refus
         bad++;
     }
     printf("      %" PRId64 " sets of shards, %" PRId64 " refused, %.1f s\n", i, *refused,
-           loader_clock() - start);
+           clock_now() - start);
     return bad;
 }
 

@@ -94,12 +94,12 @@ static void crews_reap(void) {
             c->pid[i] = 0;
             c->status[i] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
         }
-        if (left == 0 && c->ended == 0) c->ended = net_now();
+        if (left == 0 && c->ended == 0) c->ended = clock_now();
     }
 }
 
 static void pause_for(double seconds) {
-    for (double end = net_now() + seconds; net_now() < end; net_sleep(0.002)) crews_reap();
+    for (double end = clock_now() + seconds; clock_now() < end; net_sleep(0.002)) crews_reap();
 }
 
 static int messages(const char* text) {
@@ -154,7 +154,7 @@ static void crews_finish(void) {
         crews_reap();
         for (int k = 0; k < crew_count; k++) {
             const Crew* c = &crews[k];
-            bool over = net_now() > c->started + c->limit * SLOWER;
+            bool over = clock_now() > c->started + c->limit * SLOWER;
             for (int i = 0; i < c->n; i++) {
                 if (!c->pid[i]) continue;
                 all = false;
@@ -187,7 +187,7 @@ static void crew_new(int n) {
     fcntl(fileno(crew->file), F_SETFL, O_APPEND);
     snprintf(crew->directory, sizeof crew->directory, "%s/%d", folder, number++);
     REQUIRE(mkdir(crew->directory, 0700) == 0, "%s: %s", crew->directory, strerror(errno));
-    crew->started = net_now();
+    crew->started = clock_now();
     crew->limit = SOON;
     for (int i = 0; i < n; i++) crew->status[i] = 1000;
 }
@@ -341,10 +341,10 @@ static int body_messages(const void* argument) {
 static int body_barrier(const void* argument) {
     (void)argument;
     start();
-    double before = net_now();
+    double before = clock_now();
     if (ranks.rank == 1) net_sleep(0.5);
     ranks_barrier(&ranks);
-    double waited = net_now() - before;
+    double waited = clock_now() - before;
     REQUIRE(waited > 0.4, "the barrier of rank %d took %.3f s", ranks.rank, waited);
     ranks_stop(&ranks);
     return 0;
@@ -353,10 +353,10 @@ static int body_barrier(const void* argument) {
 static int body_stop_late(const void* argument) {
     (void)argument;
     start();
-    double before = net_now();
+    double before = clock_now();
     if (ranks.rank == 2) net_sleep(0.7);
     ranks_stop(&ranks);
-    REQUIRE(net_now() - before > 0.4, "a rank did not wait for the good-bye of the others");
+    REQUIRE(clock_now() - before > 0.4, "a rank did not wait for the good-bye of the others");
     return 75;
 }
 
@@ -663,7 +663,7 @@ static const Crew* test_strangers(void) {
         test_true("a hello can be sent", send(fd, &old, sizeof old, MSG_NOSIGNAL) == sizeof old);
         if (kind) shutdown(fd, SHUT_WR);
         char byte;
-        test_true("a stranger is shown out", !net_read(fd, &byte, 1, net_now() + 5) &&
+        test_true("a stranger is shown out", !net_read(fd, &byte, 1, clock_now() + 5) &&
                                                  errno != ETIMEDOUT);
         close(fd);
     }
@@ -677,9 +677,9 @@ static const Crew* test_strangers(void) {
     int listener = launch_listen(&crew->port);
     crew_add(1, body_close_and_plain, &listener);
     int taken = -1;
-    test_true("rank 1 comes", net_ready(listener, POLLIN, net_now() + 5) &&
+    test_true("rank 1 comes", net_ready(listener, POLLIN, clock_now() + 5) &&
                                   (taken = accept(listener, NULL, NULL)) >= 0);
-    test_true("the stranger is asked", net_read(taken, &old, sizeof old, net_now() + 5));
+    test_true("the stranger is asked", net_read(taken, &old, sizeof old, clock_now() + 5));
     test_true("the stranger answers", send(taken, noise, sizeof noise, MSG_NOSIGNAL) > 0);
     pause_for(0.2);
     close(taken);
@@ -945,7 +945,7 @@ static int body_idle(const void* argument) {
 }
 
 static void crew_kill(Crew* c, int i, int signal_number) {
-    c->killed = net_now();
+    c->killed = clock_now();
     if (c->pid[i]) kill(c->pid[i], signal_number);
 }
 
